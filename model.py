@@ -1,0 +1,590 @@
+"""
+BEATs (Chen et al., 2022): waveform -> log-mel filter bank -> 16x16 patches -> transformer.
+
+    fbank                 Kaldi-compatible log-mel features, batched
+    Encoder               patch embedding, convolutional position embedding, post-norm blocks with DeepNorm
+                          and a gated relative position bias: the released model, number for number
+    MaskedAudioModel      encoder + label predictor, for pre-training
+    Classifier            encoder + linear head, for fine-tuning
+    load, load_official   our checkpoints and Microsoft's; export_official writes theirs back
+
+One token is 16 frames (160 ms) of one of 8 frequency bands. Tokens are numbered time-major: token = row * 8 + band.
+Letters in shape comments: B clips, n samples, N frames, T tokens, K kept tokens, D width, H heads.
+"""
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SAMPLE_RATE = 16000
+FRAME, HOP, MELS = 400, 160, 128    # 25 ms windows every 10 ms
+PATCH, BANDS = 16, 8                # a patch is 16 frames x 16 mel bins, so one patch row has 8 bands
+MIN_SAMPLES = FRAME + (PATCH - 1) * HOP     # 2,800: the shortest clip with one patch row
+LOG_FLOOR = math.log(torch.finfo(torch.float32).eps)    # fbank value of digital silence, -15.94
+
+# -----------------------------------------------------------------------------
+# front end
+
+def num_tokens(samples):
+    """Tokens whose frames lie wholly within the first `samples` samples. int or integer tensor, any shape."""
+    rows = (1 + (samples - FRAME) // HOP) // PATCH
+    return (rows.clamp(min=0) if torch.is_tensor(rows) else max(rows, 0)) * BANDS
+
+@functools.lru_cache
+def _fbank_constants(device):
+    window = torch.hann_window(FRAME, periodic=False).pow(0.85)     # Kaldi's "povey" window
+    mel = lambda hz: 1127.0 * math.log(1.0 + hz / 700.0)
+    low, high = mel(20.0), mel(SAMPLE_RATE / 2)
+    step = (high - low) / (MELS + 1)
+    left, centre, right = (low + (torch.arange(MELS)[:, None] + i) * step for i in (0.0, 1.0, 2.0))
+    bins = 1127.0 * (1.0 + SAMPLE_RATE / 512 * torch.arange(256) / 700.0).log()
+    # triangles in mel, in torchaudio's float32 arithmetic: low ones are so narrow that rounding decides their height
+    banks = torch.min((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
+    banks = F.pad(banks, (0, 1))    # the Nyquist bin has no weight
+    return window.to(device), banks.T.contiguous().to(device)
+
+@torch.no_grad()
+def fbank(wav: torch.Tensor) -> torch.Tensor:
+    """Kaldi log-mel filter bank: 128 bins, 25 ms Povey window, 10 ms hop, no dither, no padding at the edges.
+
+    wav: (B, n) float in [-1, 1] at 16 kHz, n >= 400. Returns (B, 1 + (n - 400) // 160, 128) float32 on wav's device.
+    Equal to torchaudio.compliance.kaldi.fbank(wav * 2**15, num_mel_bins=128, ...). Always float32, also under
+    autocast: the power spectrum reaches 3e12 and float16 ends at 65504.
+    """
+    if wav.dim() != 2 or not wav.is_floating_point():
+        raise ValueError(f"fbank takes a float tensor (clips, samples), not {wav.dtype} of shape {tuple(wav.shape)}; "
+                         "a single clip is wav[None], a stereo clip wav.mean(0)[None]")
+    if wav.shape[1] < FRAME:
+        raise ValueError(f"fbank needs at least {FRAME} samples (25 ms at 16 kHz), got {wav.shape[1]}; zero-pad the clip")
+    if len(wav) > 4 and wav.device.type == "cpu":       # a few clips at a time stay in the cache: 3x faster
+        return torch.cat([fbank(part) for part in wav.split(4)])
+    with torch.autocast(wav.device.type, enabled=False):
+        window, banks = _fbank_constants(wav.device)
+        x = (wav.float() * 2**15).unfold(1, FRAME, HOP)                         # (B, N, 400)
+        x = x - x.mean(-1, keepdim=True)
+        x = x - 0.97 * torch.cat([x[..., :1], x[..., :-1]], dim=-1)             # pre-emphasis within the frame
+        x = torch.fft.rfft(x * window, n=512).abs().square()     # (B, N, 257) power
+        return (x @ banks).clamp(min=torch.finfo(torch.float32).eps).log()
+
+def patchify(x: torch.Tensor) -> torch.Tensor:
+    """(B, N, 128) frames -> (B, N // 16 * 8, 256) patches, time-major; frames beyond the last whole row are dropped."""
+    B, N, _ = x.shape
+    rows = N // PATCH
+    x = x[:, :rows * PATCH].reshape(B, rows, PATCH, BANDS, PATCH)               # (B, row, frame, band, bin)
+    return x.transpose(2, 3).reshape(B, rows * BANDS, PATCH * PATCH)
+
+def valid_tokens(lengths: torch.Tensor, n: int, padding: str = "exact") -> torch.Tensor:
+    """Which tokens of a zero-padded batch are real. lengths: (B,) samples of each clip; n: samples of the batch.
+
+    Returns (B, T) bool. padding="exact": the tokens the clip would have alone. padding="official": the released
+    code's mask, which ties frames to samples with a stride of n // N and walks along frequency at the end; it keeps
+    0 to 9 tokens too many and is here for parity only (unilm #1427, #1621).
+    """
+    T = num_tokens(n)
+    if padding == "exact":
+        return torch.arange(T, device=lengths.device) < num_tokens(lengths)[:, None]
+    if padding != "official":
+        raise ValueError(f'padding is "exact" or "official", not {padding!r}')
+    mask = torch.arange(n, device=lengths.device) >= lengths[:, None]           # True = padding
+    for size in (1 + (n - FRAME) // HOP, T):                                    # samples -> frames -> tokens
+        mask = mask[:, :mask.shape[1] // size * size].reshape(len(mask), size, -1).all(-1)
+    return ~mask
+
+# -----------------------------------------------------------------------------
+# encoder
+
+@dataclass
+class EncoderConfig:
+    layers: int = 12
+    dim: int = 768
+    ffn: int = 3072
+    heads: int = 12
+    patch_dim: int = 512            # width of the patch embedding, before the projection to dim
+    conv_pos: int = 128             # taps of the convolutional position embedding, in tokens
+    conv_groups: int = 16
+    buckets: int = 320              # relative position buckets
+    max_distance: int = 800         # tokens; everything farther shares a bucket
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.0
+    input_dropout: float = 0.0
+    layerdrop: float = 0.0
+    grad_decay: float = 1.0         # gradient entering each layer is multiplied by this (the released "layer-wise decay")
+    fbank_mean: float = 15.41663    # AudioSet; features are (fbank - mean) / (2 std)
+    fbank_std: float = 6.55582
+
+PRESETS = {
+    "tiny": EncoderConfig(layers=4, dim=192, ffn=768, heads=4, patch_dim=128, dropout=0.0, attention_dropout=0.0),
+    "base": EncoderConfig(),                                                     # 90.3 M parameters
+    "large": EncoderConfig(layers=24, dim=1024, ffn=4096, heads=16),             # 311.4 M
+}
+
+class ConvPosition(nn.Module):
+    """Grouped convolution over the token axis, weight-normalised per tap: x -> gelu(conv(x)). (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, dim, taps, groups):
+        super().__init__()
+        self.groups = groups
+        self.weight_v = nn.Parameter(torch.empty(dim, dim // groups, taps))
+        self.weight_g = nn.Parameter(torch.empty(1, 1, taps))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        nn.init.normal_(self.weight_v, std=math.sqrt(4 / (taps * dim)))
+        with torch.no_grad():
+            self.weight_g.copy_(self.weight_v.norm(dim=(0, 1), keepdim=True))
+
+    def forward(self, x):
+        weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
+        conv = conv_by_fft if x.device.type == "cpu" and not torch.compiler.is_exporting() else conv_direct
+        return F.gelu(conv(x, weight, self.groups) + self.bias)
+
+def conv_direct(x, weight, groups):
+    """x: (B, T, D), weight: (D, D / groups, taps) -> (B, T, D). Output i sees inputs i - taps/2 .. i + (taps-1)/2:
+    an even kernel loses its last position, not its first."""
+    taps = weight.shape[-1]
+    x = F.pad(x.transpose(1, 2), (taps // 2, (taps - 1) // 2))
+    return F.conv1d(x, weight.to(x.dtype), groups=groups).transpose(1, 2)
+
+def conv_by_fft(x, weight, groups):
+    """The same, as products of spectra: on CPU ten times faster than conv1d and its backward for the tiny model."""
+    B, T, D = x.shape
+    taps, width = weight.shape[-1], D // groups
+    n = next(n for n in range(T + taps - 1, 2 * (T + taps)) if n % 2 == 0 and max(_factors(n)) <= 5)
+    with torch.autocast(x.device.type, enabled=False):
+        x = torch.fft.rfft(x.float(), n=n, dim=1).view(B, -1, groups, width).permute(1, 2, 0, 3)        # (F, G, B, in)
+        weight = torch.fft.rfft(weight.float(), n=n).conj().view(groups, width, width, -1).permute(3, 0, 2, 1)  # (F, G, in, out)
+        y = torch.fft.irfft((x @ weight).permute(2, 0, 1, 3).reshape(B, -1, D), n=n, dim=1)
+    return y.roll(taps // 2, 1)[:, :T]
+
+@functools.lru_cache
+def _factors(n):
+    return [p for p in range(2, n + 1) if n % p == 0 and all(p % q for q in range(2, p))]
+
+def relative_bucket(distance: torch.Tensor, buckets: int, max_distance: int) -> torch.Tensor:
+    """T5 buckets of key - query distances: half for each sign, exact up to buckets/4, then logarithmic. Long in, long out."""
+    half = buckets // 2
+    exact = half // 2
+    n = distance.abs()
+    log = exact + (torch.log(n.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)).long()
+    return (distance > 0) * half + torch.where(n < exact, n, log.clamp(max=half - 1))
+
+class RelativeBias(nn.Module):
+    """One table for all layers. positions: (B, K) token indices in a grid of T -> (B, H, K, K); None: all T -> (1, H, T, T)."""
+
+    def __init__(self, buckets, max_distance, heads):
+        super().__init__()
+        self.buckets, self.max_distance = buckets, max_distance
+        self.table = nn.Parameter(torch.empty(buckets, heads))
+        nn.init.normal_(self.table, std=0.02)
+
+    def forward(self, T, positions=None):
+        if positions is None:
+            positions = torch.arange(T, device=self.table.device)[None]
+        distance = torch.arange(-T, T + 1, device=self.table.device)            # T itself is a place: see Encoder
+        bias = self.table[relative_bucket(distance, self.buckets, self.max_distance)]   # (2T + 1, H)
+        return bias[positions[:, None, :] - positions[:, :, None] + T].permute(0, 3, 1, 2)      # [query, key]
+
+def attend(q, k, v, bias, dropout=0.0):
+    """softmax(q k^T / sqrt(hd) + bias) v. q, k, v: (B, H, T, hd); bias: (B, H, T, T)."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout)
+    # on CPU the fused kernel's backward with a dense bias is several times slower than the three plain steps
+    att = (q * q.shape[-1]**-0.5) @ k.transpose(-1, -2) + bias
+    return F.dropout(att.softmax(-1), dropout, training=dropout > 0) @ v
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose position bias is gated per query (WavLM's gate)."""
+
+    def __init__(self, dim, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.gate = nn.Linear(dim // heads, 8)      # shared by the heads of the layer
+        self.gate_scale = nn.Parameter(torch.ones(heads))
+
+    def forward(self, x, bias, key_bias):
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # (B, H, T, hd) each
+        # two sums of four outputs, from the query before scaling; summing the weights first is the same and cheaper
+        weight, offset = self.gate.weight.view(2, 4, -1).sum(1), self.gate.bias.view(2, 4).sum(1)
+        u, r = F.linear(q, weight, offset).sigmoid().split(1, dim=-1)                   # (B, H, T, 1)
+        gate = u * (r * self.gate_scale[:, None, None] - 1) + 2
+        bias = gate * bias                                                              # (B, H, T, T)
+        if key_bias is not None:
+            bias = bias + key_bias
+        y = attend(q, k, v, bias, self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+class Block(nn.Module):
+    """Post-norm transformer block with DeepNorm: the residual is scaled by alpha = (2L)^(1/4), Wang et al. 2022."""
+
+    def __init__(self, cfg, depth):
+        super().__init__()
+        self.alpha = (2 * depth)**0.25
+        self.attn = Attention(cfg.dim, cfg.heads, cfg.attention_dropout)
+        self.ln1 = nn.LayerNorm(cfg.dim)
+        self.fc1 = nn.Linear(cfg.dim, cfg.ffn)
+        self.fc2 = nn.Linear(cfg.ffn, cfg.dim)
+        self.ln2 = nn.LayerNorm(cfg.dim)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.activation_dropout = nn.Dropout(cfg.activation_dropout)
+        # q, k: xavier; v, out, fc1, fc2: xavier with gain (8L)^(-1/4); the gate stays near its neutral value
+        beta = (8 * depth)**-0.25
+        for rows, gain in zip(self.attn.qkv.weight.chunk(3), (1.0, 1.0, beta)):
+            nn.init.xavier_normal_(rows, gain)
+        for linear in (self.attn.out, self.fc1, self.fc2):
+            nn.init.xavier_normal_(linear.weight, beta)
+        nn.init.normal_(self.attn.gate.weight, std=0.02)
+        for linear in (self.attn.qkv, self.attn.out, self.attn.gate, self.fc1, self.fc2):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x, bias, key_bias):
+        x = self.ln1(self.alpha * x + self.dropout(self.attn(x, bias, key_bias)))
+        h = self.fc2(self.activation_dropout(F.gelu(self.fc1(x))))
+        return self.ln2(self.alpha * x + self.dropout(h))
+
+class GradScale(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.scale, None
+
+def key_padding_bias(valid):
+    """(B, T) True = real -> (B, 1, 1, T) with -inf at padding; a row of nothing but padding stays finite."""
+    if valid is None:
+        return None
+    hide = ~valid & valid.any(1, keepdim=True)
+    return torch.zeros(valid.shape, device=valid.device).masked_fill(hide, -math.inf)[:, None, None]
+
+class Encoder(nn.Module):
+    """The BEATs encoder. Every parameter, by its initialisation in a fresh model:
+
+    patch (patch_dim, 256), ln_patch, proj (dim, patch_dim; none if equal)   PyTorch's defaults
+    conv_position   weights N(0, sqrt(4 / (taps dim))), gain = their norm per tap, bias 0
+    ln              1, 0
+    position_bias   N(0, 0.02)
+    blocks          see Block; with gate_scale 1
+    """
+
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.patch = nn.Linear(PATCH * PATCH, cfg.patch_dim, bias=False)
+        self.ln_patch = nn.LayerNorm(cfg.patch_dim)
+        self.proj = nn.Linear(cfg.patch_dim, cfg.dim) if cfg.patch_dim != cfg.dim else nn.Identity()
+        self.input_dropout = nn.Dropout(cfg.input_dropout)
+        self.conv_position = ConvPosition(cfg.dim, cfg.conv_pos, cfg.conv_groups)
+        self.ln = nn.LayerNorm(cfg.dim)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.position_bias = RelativeBias(cfg.buckets, cfg.max_distance, cfg.heads)
+        self.blocks = nn.ModuleList(Block(cfg, cfg.layers) for _ in range(cfg.layers))
+
+    def forward(self, patches, valid=None, keep=None, all_layers=False):
+        """patches: (B, T, 256) normalised; valid: (B, T) True = real, None = all.
+
+        keep: (B, K) ascending indices of the tokens the encoder may see, T where a clip has fewer. Kept tokens stay
+        at their true positions: the position convolution runs on the full grid with zeros elsewhere, the relative
+        bias is indexed by the kept positions. Masked patches are never looked at.
+        Returns (B, T or K, D), or with all_layers the list of layers + 1 states, the first being the first block's input.
+        """
+        T = patches.shape[1]
+        if keep is None:
+            x = self.input_dropout(self.proj(self.ln_patch(self.patch(patches))))
+            if valid is not None:
+                x = x * valid[..., None]
+            x = x + self.conv_position(x)
+        else:
+            x = take(patches, keep.clamp(max=T - 1))
+            x = self.input_dropout(self.proj(self.ln_patch(self.patch(x))))             # (B, K, D)
+            grid = put(x, keep, T + 1)[:, :T]       # place T takes the surplus and is cut off
+            x = x + take(self.conv_position(grid), keep.clamp(max=T - 1))
+            valid = keep < T
+        x = self.dropout(self.ln(x))
+        bias, key_bias = self.position_bias(T, keep), key_padding_bias(valid)
+        states = [x]
+        for block in self.blocks:
+            if self.cfg.grad_decay != 1.0:
+                x = GradScale.apply(x, self.cfg.grad_decay)
+            y = block(x, bias, key_bias)
+            if self.training and self.cfg.layerdrop > 0:    # computed and left out: same graph on every rank, every step
+                y = torch.where(torch.rand((), device=x.device) < self.cfg.layerdrop, x, y)
+            x = y
+            if all_layers:
+                states.append(x)
+        return states if all_layers else x
+
+    def normalise(self, features):
+        """fbank -> zero mean and standard deviation 0.5 on the data the statistics are from."""
+        return (features - self.cfg.fbank_mean) / (2 * self.cfg.fbank_std)
+
+    def patches(self, wav, lengths=None, padding="exact"):
+        """(B, n) waveforms, (B,) samples -> (B, T, 256) normalised patches, (B, T) valid."""
+        if lengths is None:
+            lengths = torch.full((len(wav),), wav.shape[1])
+        lengths = torch.as_tensor(lengths, device=wav.device)
+        valid = valid_tokens(lengths, wav.shape[1], padding)
+        if valid.shape[1] == 0:
+            raise ValueError(f"a clip needs {MIN_SAMPLES} samples (0.175 s at 16 kHz) for one row of patches, "
+                             f"got {wav.shape[1]}; zero-pad it")
+        return patchify(self.normalise(fbank(wav))), valid
+
+    def features(self, wav, lengths=None, layer=None, padding="exact"):
+        """Token features. wav: (B, n) float in [-1, 1] at 16 kHz, zero-padded; lengths: (B,) samples, None = all n.
+
+        layer: None = last; k = output of block k (0 = the first block's input); "all" = (layers + 1, B, T, D).
+        Returns x (B, T, D) and valid (B, T), True = real. x.view(B, T // 8, 8, D) is one row per 160 ms.
+        """
+        patches, valid = self.patches(wav, lengths, padding)
+        if layer is None:
+            return self(patches, valid), valid
+        states = self(patches, valid, all_layers=True)
+        return (torch.stack(states) if layer == "all" else states[layer]), valid
+
+    def embed(self, wav, lengths=None, padding="exact"):
+        """(B, D): mean over the real tokens."""
+        return masked_mean(*self.features(wav, lengths, padding=padding))
+
+def take(x, index):
+    """x: (B, T, D), index: (B, K) -> (B, K, D)"""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+def put(x, index, T):
+    """x: (B, K, D), index: (B, K) -> (B, T, D), zeros where nothing was put"""
+    grid = x.new_zeros(len(x), T, x.shape[-1])
+    return grid.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
+
+def masked_mean(x, valid):
+    """x: (B, T, D), valid: (B, T) -> (B, D); 0 for a clip without valid tokens."""
+    weight = valid[..., None].to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+# -----------------------------------------------------------------------------
+# heads
+
+class MaskedAudioModel(nn.Module):
+    """Encoder + label predictor (paper section 3.3): which label does each masked patch have?
+
+    The predictor (Linear, `blocks` transformer blocks, Linear) sees the full grid: encoder outputs at kept places, zeros
+    at masked ones, and at each place an embedding of its band and of its time. It is thrown away after pre-training.
+    """
+
+    def __init__(self, encoder: Encoder, codes: int, blocks: int = 3, dim: int = 0, heads: int = 0):
+        super().__init__()
+        cfg = encoder.cfg
+        dim, heads = dim or cfg.dim, heads or cfg.heads
+        cfg = dataclasses.replace(cfg, dim=dim, ffn=4 * dim, heads=heads)
+        self.encoder = encoder
+        self.embed = nn.Linear(encoder.cfg.dim, dim)
+        self.band = nn.Parameter(torch.randn(BANDS, dim) * 0.02)
+        self.position_bias = RelativeBias(cfg.buckets, cfg.max_distance, heads)
+        self.blocks = nn.ModuleList(Block(cfg, blocks) for _ in range(blocks))
+        self.head = nn.Linear(dim, codes)
+
+    def forward(self, patches, valid, keep, masked):
+        """patches (B, T, 256); valid (B, T); keep (B, K), masked (B, M): token indices, T where a clip has fewer.
+        Returns logits (B, M, codes)."""
+        T = patches.shape[1]
+        x = self.embed(self.encoder(patches, valid, keep))                      # (B, K, P)
+        x = put(x, keep, T + 1)[:, :T]
+        x = x + self.band.repeat(T // BANDS, 1) + sinusoids(T // BANDS, x.shape[-1], x.device).repeat_interleave(BANDS, 0)
+        bias, key_bias = self.position_bias(T), key_padding_bias(valid)
+        for block in self.blocks:
+            x = block(x, bias, key_bias)
+        return self.head(take(x, masked.clamp(max=T - 1)))
+
+def sinusoids(length, dim, device):
+    """(length, dim) sinusoidal embedding of time (Vaswani et al. 2017)."""
+    angle = torch.arange(length, device=device)[:, None] * 10000.0**(-torch.arange(0, dim, 2, device=device) / dim)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :dim]
+
+class Classifier(nn.Module):
+    """Encoder + one linear layer on every token, averaged over the real ones.
+
+    labels: list of class names. multilabel: probabilities are sigmoids (as in every released file), else a softmax.
+    """
+
+    def __init__(self, encoder: Encoder, labels: list, multilabel: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.encoder = encoder
+        self.labels, self.multilabel = list(labels), multilabel
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(encoder.cfg.dim, len(labels))
+
+    def forward(self, patches, valid=None):
+        """(B, T, 256), (B, T) -> logits (B, classes)"""
+        x = self.head(self.dropout(self.encoder(patches, valid)))
+        return x.mean(1) if valid is None else masked_mean(x, valid)
+
+    def token_logits(self, wav, lengths=None, padding="exact"):
+        """(B, T, classes) before averaging, and valid (B, T)."""
+        x, valid = self.encoder.features(wav, lengths, padding=padding)
+        return self.head(x), valid
+
+    def logits(self, wav, lengths=None, padding="exact"):
+        """(B, n), (B,) -> (B, classes)"""
+        return self(*self.encoder.patches(wav, lengths, padding))
+
+    def predict(self, wav, lengths=None, padding="exact"):
+        """(B, n), (B,) -> probabilities (B, classes), in the order of self.labels"""
+        logits = self.logits(wav, lengths, padding).float()
+        return logits.sigmoid() if self.multilabel else logits.softmax(-1)
+
+    def features(self, *args, **kwargs):
+        return self.encoder.features(*args, **kwargs)
+
+    def embed(self, *args, **kwargs):
+        return self.encoder.embed(*args, **kwargs)
+
+# -----------------------------------------------------------------------------
+# checkpoints: ours hold {"kind", "encoder": EncoderConfig as dict, "model", ...}, the official ones {"cfg", "model"}
+
+class CheckpointError(ValueError):
+    """A file that cannot be used; the message names it and says why."""
+
+def read_checkpoint(path) -> dict:
+    """torch.load on CPU that never runs code from the file. Raises CheckpointError."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:200]})") from None
+    if not isinstance(ckpt, dict) or "model" not in ckpt or not ("cfg" in ckpt or "kind" in ckpt):
+        raise CheckpointError(f"{path}: not a BEATs checkpoint: it needs 'model' and 'cfg' (official) or 'kind' (ours)")
+    return ckpt
+
+def load(path):
+    """An Encoder or Classifier in eval mode from any checkpoint, ours or official.
+
+    Pre-training checkpoints (mam) give their encoder. Raises CheckpointError.
+    """
+    ckpt = read_checkpoint(path)
+    if "cfg" in ckpt:
+        return load_official(path)
+    encoder = Encoder(EncoderConfig(**ckpt["encoder"]))
+    if ckpt["kind"] == "classifier":
+        model = Classifier(encoder, ckpt["labels"], ckpt["multilabel"])
+        model.load_state_dict(ckpt["model"])
+    elif ckpt["kind"] == "mam":
+        model = encoder
+        model.load_state_dict({k[len("encoder."):]: v for k, v in ckpt["model"].items() if k.startswith("encoder.")})
+    else:
+        raise CheckpointError(f"{path}: a {ckpt['kind']} checkpoint holds no encoder to use alone; "
+                         "tokenizers are loaded with tokenizer.load_tokenizer")
+    return model.eval()
+
+# our name <-> official name; {i} is the block
+_NAMES = {
+    "patch.weight": "patch_embedding.weight",
+    "ln_patch.weight": "layer_norm.weight", "ln_patch.bias": "layer_norm.bias",
+    "proj.weight": "post_extract_proj.weight", "proj.bias": "post_extract_proj.bias",
+    "conv_position.weight_g": "encoder.pos_conv.0.weight_g", "conv_position.weight_v": "encoder.pos_conv.0.weight_v",
+    "conv_position.bias": "encoder.pos_conv.0.bias",
+    "ln.weight": "encoder.layer_norm.weight", "ln.bias": "encoder.layer_norm.bias",
+}
+_BLOCK_NAMES = {f"{ours}.{p}": f"{theirs}.{p}" for p in ("weight", "bias") for ours, theirs in {
+    "attn.out": "self_attn.out_proj", "attn.gate": "self_attn.grep_linear",
+    "ln1": "self_attn_layer_norm", "fc1": "fc1", "fc2": "fc2", "ln2": "final_layer_norm"}.items()}
+
+def encoder_to_official(encoder: Encoder) -> tuple[dict, dict]:
+    """(cfg, state_dict) in the released layout; the shared bias table is repeated under every layer, as there."""
+    ours, cfg = encoder.state_dict(), encoder.cfg
+    theirs = {theirs: ours[name] for name, theirs in _NAMES.items() if name in ours}
+    theirs["patch_embedding.weight"] = theirs["patch_embedding.weight"].view(-1, 1, PATCH, PATCH)
+    for i in range(cfg.layers):
+        a, b = f"blocks.{i}.", f"encoder.layers.{i}."
+        theirs |= {b + new: ours[a + old] for old, new in _BLOCK_NAMES.items()}
+        theirs[b + "self_attn.grep_a"] = ours[a + "attn.gate_scale"].view(1, -1, 1, 1)
+        theirs[b + "self_attn.relative_attention_bias.weight"] = ours["position_bias.table"]
+        for p in ("weight", "bias"):
+            for name, part in zip("qkv", ours[a + "attn.qkv." + p].chunk(3)):
+                theirs[b + f"self_attn.{name}_proj.{p}"] = part
+    return dict(
+        input_patch_size=PATCH, embed_dim=cfg.patch_dim, conv_bias=False, encoder_layers=cfg.layers,
+        encoder_embed_dim=cfg.dim, encoder_ffn_embed_dim=cfg.ffn, encoder_attention_heads=cfg.heads,
+        activation_fn="gelu", layer_wise_gradient_decay_ratio=cfg.grad_decay, layer_norm_first=False, deep_norm=True,
+        dropout=cfg.dropout, attention_dropout=cfg.attention_dropout, activation_dropout=cfg.activation_dropout,
+        encoder_layerdrop=cfg.layerdrop, dropout_input=cfg.input_dropout, conv_pos=cfg.conv_pos,
+        conv_pos_groups=cfg.conv_groups, relative_position_embedding=True, num_buckets=cfg.buckets,
+        max_distance=cfg.max_distance, gru_rel_pos=True,
+    ), theirs
+
+def encoder_from_official(cfg: dict, theirs: dict, path="checkpoint") -> Encoder:
+    """Build an Encoder from the released layout. Takes its keys out of `theirs`: what stays there is not the encoder's."""
+    wanted = dict(layer_norm_first=(False, False), deep_norm=(False, True), activation_fn=("gelu", "gelu"),
+                  conv_bias=(False, False), relative_position_embedding=(False, True), gru_rel_pos=(False, True),
+                  input_patch_size=(-1, PATCH))     # (the official class's default, what every released file has)
+    for key, (default, value) in wanted.items():
+        if cfg.get(key, default) != value:
+            raise CheckpointError(f"{path}: {key}={cfg.get(key, default)!r} is not supported; every released file has {value!r}")
+    try:
+        shape = lambda key: theirs[key].shape
+        layers = 1 + max(int(k.split(".")[2]) for k in theirs if k.startswith("encoder.layers."))
+        dim, per_group, taps = shape("encoder.pos_conv.0.weight_v")
+        buckets, heads = shape("encoder.layers.0.self_attn.relative_attention_bias.weight")
+        encoder = Encoder(EncoderConfig(
+            layers=layers, dim=dim, ffn=shape("encoder.layers.0.fc1.weight")[0], heads=heads,
+            patch_dim=shape("patch_embedding.weight")[0], conv_pos=taps, conv_groups=dim // per_group,
+            buckets=buckets, max_distance=cfg.get("max_distance", 1280),
+            dropout=cfg.get("dropout", 0.1), attention_dropout=cfg.get("attention_dropout", 0.1),
+            activation_dropout=cfg.get("activation_dropout", 0.0), input_dropout=cfg.get("dropout_input", 0.0),
+            layerdrop=cfg.get("encoder_layerdrop", 0.0), grad_decay=cfg.get("layer_wise_gradient_decay_ratio", 1.0)))
+        ours = {name: theirs.pop(key) for name, key in _NAMES.items() if name in encoder.state_dict()}
+        ours["patch.weight"] = ours["patch.weight"].flatten(1)
+        for i in range(layers):
+            a, b = f"blocks.{i}.", f"encoder.layers.{i}."
+            ours |= {a + old: theirs.pop(b + new) for old, new in _BLOCK_NAMES.items()}
+            ours[a + "attn.gate_scale"] = theirs.pop(b + "self_attn.grep_a").flatten()
+            ours["position_bias.table"] = theirs.pop(b + "self_attn.relative_attention_bias.weight")
+            for p in ("weight", "bias"):
+                ours[a + "attn.qkv." + p] = torch.cat([theirs.pop(b + f"self_attn.{n}_proj.{p}") for n in "qkv"])
+    except KeyError as error:
+        raise CheckpointError(f"{path}: not a released BEATs file: {error} is missing") from None
+    try:
+        encoder.load_state_dict(ours)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: tensors do not fit together: {error}") from None
+    return encoder
+
+def load_official(path):
+    """A released file -> Encoder, or Classifier if it is fine-tuned, in eval mode. Dimensions are read from the tensors.
+
+    Strict: every key is used and none is missing. Raises CheckpointError.
+    """
+    ckpt = read_checkpoint(path)
+    if "cfg" not in ckpt:
+        raise CheckpointError(f"{path}: not an official checkpoint but one of ours; use load")
+    cfg, rest = ckpt["cfg"], dict(ckpt["model"])
+    if "quantize.embedding.weight" in rest:
+        raise CheckpointError(f"{path}: this file is a tokenizer; use tokenizer.load_tokenizer")
+    model = encoder = encoder_from_official(cfg, rest, path)
+    if "predictor.weight" in rest:
+        names = {int(k): v for k, v in ckpt.get("label_dict", {}).items()}
+        model = Classifier(encoder, [names.get(i, str(i)) for i in range(len(rest["predictor.weight"]))],
+                           dropout=cfg.get("predictor_dropout", 0.0))
+        model.head.load_state_dict({"weight": rest.pop("predictor.weight"), "bias": rest.pop("predictor.bias")})
+    if rest:
+        raise CheckpointError(f"{path}: {len(rest)} unknown keys, {sorted(rest)[0]} the first")
+    return model.eval()
+
+def export_official(model, path) -> None:
+    """Write an Encoder or Classifier in the released layout, readable by Microsoft's code (strict)."""
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    cfg, state = encoder_to_official(encoder)
+    ckpt = {"cfg": cfg, "model": state}
+    if isinstance(model, Classifier):
+        cfg |= dict(finetuned_model=True, predictor_dropout=model.dropout.p, predictor_class=len(model.labels))
+        state |= {"predictor.weight": model.head.weight.detach(), "predictor.bias": model.head.bias.detach()}
+        ckpt["label_dict"] = dict(enumerate(model.labels))
+    ckpt["model"] = {k: v.detach().float().contiguous().clone() for k, v in state.items()}
+    torch.save(ckpt, path)

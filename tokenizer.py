@@ -1,0 +1,336 @@
+"""
+Acoustic tokenizers: which of 1,024 labels does each 16x16 patch have?
+
+    RandomProjectionTokenizer   iteration 1 (paper section 3.2.1): a fixed random projection, a fixed random codebook
+    SelfDistilledTokenizer      iteration 2 on (section 3.2.2): encoder -> codebook -> estimator, which has to predict
+                                the teacher's features from the codes; its encoder and codebook are the tokenizer
+    load_tokenizer              our checkpoints and the released Tokenizer_iter*.pt
+
+    python tokenizer.py out/tokenizer_iter2.pt --data packs/esc50       # tokenize a pack, report the use of codes
+"""
+import argparse
+import dataclasses
+import hashlib
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from common import UserError, all_sum, autocast, barrier, rank, setup, world
+from model import (BANDS, LOG_FLOOR, PATCH, PRESETS, Block, CheckpointError, Encoder, EncoderConfig, RelativeBias,
+                   encoder_from_official, encoder_to_official, fbank, key_padding_bias, num_tokens, patchify,
+                   read_checkpoint, valid_tokens)
+
+def is_silent(features):
+    """(B, N, 128) fbank -> (B, T) bool: patches of digital silence, every bin at the floor."""
+    return patchify(features).amax(-1) < LOG_FLOOR + 1e-3
+
+class Tokenizer(nn.Module):
+    """What both kinds share: encode() from waveforms. A subclass gives codes(fbank, valid) -> (B, T)."""
+
+    @torch.no_grad()
+    def encode(self, wav, lengths=None, padding="exact"):
+        """wav (B, n) float in [-1, 1] at 16 kHz; lengths (B,) samples -> (B, T) int64, -1 at padding. No side effects."""
+        if lengths is None:
+            lengths = torch.full((len(wav),), wav.shape[1])
+        valid = valid_tokens(torch.as_tensor(lengths, device=wav.device), wav.shape[1], padding)
+        return self.codes(fbank(wav), valid).masked_fill(~valid, -1)
+
+class RandomProjectionTokenizer(Tokenizer):
+    """label = argmin_k || normalise(W x) - c_k ||, with W and the unit codes c fixed and random (equation 1).
+
+    smooth=True (default): x is standardised per mel bin, the columns of W are smooth (4x4 random values, bilinear to
+    16x16) and the projections are whitened. Labels of white-noise filters (smooth=False, the paper's plain form) are mostly
+    detail that no neighbouring patch predicts. fit_() takes the statistics, which are part of the tokenizer's file.
+    """
+
+    def __init__(self, n_codes=1024, dim=8, smooth=True, seed=0):
+        super().__init__()
+        self.config = dict(n_codes=n_codes, dim=dim, smooth=smooth, seed=seed)
+        self.n_codes, self.smooth = n_codes, smooth
+        random = torch.Generator().manual_seed(seed)        # its own: never the global seed
+        filters = torch.randn(dim, 1, *((4, 4) if smooth else (PATCH, PATCH)), generator=random)
+        if smooth:
+            filters = F.interpolate(filters, size=(PATCH, PATCH), mode="bilinear", align_corners=False)
+        self.register_buffer("filters", filters.flatten(1).T.contiguous())                  # (256, dim)
+        self.register_buffer("codebook", F.normalize(torch.randn(n_codes, dim, generator=random), dim=-1))
+        self.register_buffer("bin_mean", torch.zeros(128))
+        self.register_buffer("bin_std", torch.ones(128))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("whiten", torch.eye(dim))
+
+    def project(self, features):
+        return patchify((features - self.bin_mean) / self.bin_std) @ self.filters           # (B, T, dim)
+
+    def codes(self, features, valid=None):
+        with torch.autocast(features.device.type, enabled=False):
+            z = F.normalize((self.project(features) - self.mean) @ self.whiten, dim=-1)
+            return (z @ self.codebook.T).argmax(-1)     # unit vectors: nearest = largest product
+
+    @torch.no_grad()
+    def fit_(self, batches):
+        """Statistics from a list of (wav, lengths): per mel bin, then of the projections; padding and silence left out."""
+        features = [(f, valid_tokens(lengths, wav.shape[1]) & ~is_silent(f)) for wav, lengths in batches for f in [fbank(wav)]]
+        if not any(valid.any() for _, valid in features):
+            raise UserError("the data is digital silence throughout; there is nothing to tokenize")
+        frames = torch.cat([patchify(f)[v.view(len(f), -1, BANDS).all(-1).repeat_interleave(BANDS, 1)].view(-1, BANDS, PATCH, PATCH)
+                            for f, v in features]).transpose(1, 2).reshape(-1, BANDS * PATCH).double()
+        if self.smooth:
+            self.bin_mean.copy_(frames.mean(0))
+            self.bin_std.copy_(frames.std(0).clamp(min=0.1))        # one mel bin is empty, hence constant
+        else:
+            self.bin_mean.fill_(frames.mean())
+            self.bin_std.fill_(2 * frames.std())
+        if self.smooth:
+            z = torch.cat([self.project(f)[v] for f, v in features]).double()
+            self.mean.copy_(z.mean(0))
+            values, vectors = torch.linalg.eigh(torch.cov(z.T))
+            self.whiten.copy_(vectors / values.clamp(min=1e-6 * values.max()).sqrt())
+        return self
+
+class Codebook(nn.Module):
+    """Unit codes that follow the vectors assigned to them by exponential moving average (van den Oord et al. 2017).
+
+    Buffers, float32: weight (K, dim); cluster_size (K,), moving average of the vectors per step that chose each code.
+    Every method ending in _ changes them, equally on all ranks; looking up changes nothing.
+    """
+
+    def __init__(self, n_codes, dim, decay=0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("weight", torch.zeros(n_codes, dim))
+        self.register_buffer("cluster_size", torch.zeros(n_codes))
+
+    def nearest(self, z):
+        """z (..., dim) unit -> (...) int64"""
+        with torch.autocast(z.device.type, enabled=False):
+            return (z.float() @ self.weight.T).argmax(-1)
+
+    @torch.no_grad()
+    def kmeans_start_(self, z, iterations=10, start=None):
+        """Spherical k-means on z (n, dim) of all ranks together, computed on rank 0. start: indices of the first centres."""
+        z = gather_rows(z.float())
+        K = len(self.weight)
+        if rank() == 0:
+            if start is None:
+                start = torch.randperm(len(z), device=z.device)[:K] if len(z) >= K else torch.randint(len(z), (K,), device=z.device)
+            means = z[start]
+            for _ in range(iterations):
+                codes = (z @ means.T).argmax(-1)
+                counts = torch.bincount(codes, minlength=K)
+                sums = torch.zeros_like(means).index_add_(0, codes, z)
+                means = torch.where(counts[:, None] > 0, F.normalize(sums / counts.clamp(min=1)[:, None], dim=-1), means)
+            self.weight.copy_(means)
+        if world() > 1:
+            dist.broadcast(self.weight, 0)
+        self.cluster_size.zero_()
+
+    @torch.no_grad()
+    def update_(self, z, codes, revive=0.0):
+        """One step on this rank's z (n, dim) and their codes (n,): w <- normalise(0.99 w + 0.01 mean of its vectors).
+
+        A code chosen less than `revive` times as often as the average one is put on a random vector of the batch and
+        its average starts anew; 0 = never (the released code). Returns how many were.
+        """
+        z, K = z.float(), len(self.weight)
+        counts = torch.bincount(codes, minlength=K).to(z.dtype)
+        sums = torch.zeros_like(self.weight).index_add_(0, codes, z)
+        both = all_sum(torch.cat([sums, counts[:, None]], 1))
+        sums, counts = both[:, :-1], both[:, -1]
+        if not self.cluster_size.any():     # first step: every code starts with the benefit of the doubt
+            self.cluster_size.fill_(counts.sum() / K if revive else 0.0)
+        means = torch.where(counts[:, None] > 0, F.normalize(sums / counts.clamp(min=1)[:, None], dim=-1), self.weight)
+        self.weight.copy_(F.normalize(self.decay * self.weight + (1 - self.decay) * means, dim=-1))
+        self.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
+        dead = self.cluster_size < revive * counts.sum() / K
+        if revive and dead.any():
+            candidates = gather_rows(z[torch.randperm(len(z), device=z.device)[:K]])
+            chosen = candidates[torch.randperm(len(candidates), device=z.device)[:K]]
+            if world() > 1:
+                dist.broadcast(chosen, 0)
+            dead = dead.nonzero().flatten()[:len(chosen)]
+            self.weight[dead] = chosen[:len(dead)]
+            self.cluster_size[dead] = counts.sum() / K
+        return int(dead.sum()) if dead.dtype == torch.bool else len(dead)
+
+def gather_rows(x):
+    """(n_r, d) on each rank r -> (sum n_r, d) on all."""
+    if world() == 1:
+        return x
+    sizes = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(x)], device=x.device))
+    most = int(max(sizes))
+    parts = [x.new_zeros(most, x.shape[1]) for _ in sizes]
+    dist.all_gather(parts, F.pad(x, (0, 0, 0, most - len(x))).contiguous())
+    return torch.cat([part[:int(size)] for part, size in zip(parts, sizes)])
+
+class SelfDistilledTokenizer(Tokenizer):
+    """Encoder -> Linear-Tanh-Linear -> unit vector -> nearest code -> estimator -> teacher's features (equations 2, 3).
+
+    The estimator (blocks of its own, on the straight-through codes) exists for training only; 0 blocks = none.
+    target_mean, target_width: of the teacher's features, see train_tokenizer.py.
+    """
+
+    def __init__(self, encoder: Encoder, n_codes=1024, code_dim=256, estimator_blocks=3, target_width=0):
+        super().__init__()
+        cfg = encoder.cfg
+        self.config = dict(n_codes=n_codes, code_dim=code_dim, estimator_blocks=estimator_blocks, target_width=target_width)
+        self.n_codes = n_codes
+        self.encoder = encoder
+        self.quantize_layer = nn.Sequential(nn.Linear(cfg.dim, cfg.dim), nn.Tanh(), nn.Linear(cfg.dim, code_dim))
+        self.codebook = Codebook(n_codes, code_dim)
+        if estimator_blocks:
+            self.embed = nn.Linear(code_dim, cfg.dim)
+            self.position_bias = RelativeBias(cfg.buckets, cfg.max_distance, cfg.heads)
+            self.blocks = nn.ModuleList(Block(cfg, estimator_blocks) for _ in range(estimator_blocks))
+            self.head = nn.Linear(cfg.dim, target_width)
+            self.register_buffer("target_mean", torch.zeros(target_width))
+
+    def quantize_input(self, patches, valid=None):
+        """(B, T, 256) -> (B, T, code_dim) float32 unit vectors"""
+        return F.normalize(self.quantize_layer(self.encoder(patches, valid)).float(), dim=-1)
+
+    def forward(self, patches, valid):
+        """Returns z (B, T, code_dim), codes (B, T), prediction of the teacher's features (B, T, target_width)."""
+        z = self.quantize_input(patches, valid)
+        codes = self.codebook.nearest(z.detach())
+        x = z + (self.codebook.weight[codes] - z).detach()          # straight-through
+        x = self.embed(x)
+        bias, key_bias = self.position_bias(x.shape[1]), key_padding_bias(valid)
+        for block in self.blocks:
+            x = block(x, bias, key_bias)
+        return z, codes, self.head(x)
+
+    def codes(self, features, valid=None):
+        return self.codebook.nearest(self.quantize_input(patchify(self.encoder.normalise(features)), valid))
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+def tokenizer_state(tok):
+    """What a checkpoint needs to rebuild the tokenizer."""
+    if isinstance(tok, RandomProjectionTokenizer):
+        return dict(kind="random_projection", tokenizer=tok.config, model=tok.state_dict())
+    return dict(kind="tokenizer", tokenizer=tok.config, encoder=dataclasses.asdict(tok.encoder.cfg), model=tok.state_dict())
+
+def load_tokenizer(path):
+    """A tokenizer in eval mode, from our checkpoints or a released Tokenizer_iter*.pt (strict). Raises CheckpointError."""
+    ckpt = read_checkpoint(path)
+    if "cfg" in ckpt:
+        rest = dict(ckpt["model"])
+        if "quantize.embedding.weight" not in rest:
+            kind = "a fine-tuned classifier" if "predictor.weight" in rest else "an encoder"
+            raise CheckpointError(f"{path}: this file is {kind}, not a tokenizer; use model.load_official")
+        if not rest.pop("quantize.embedding.initted").item():
+            raise CheckpointError(f"{path}: its codebook was never initialised")
+        tok = SelfDistilledTokenizer(encoder_from_official(ckpt["cfg"], rest, path), *rest["quantize.embedding.weight"].shape, 0)
+        tok.codebook.weight.copy_(rest.pop("quantize.embedding.weight"))
+        tok.codebook.cluster_size.copy_(rest.pop("quantize.cluster_size"))
+        for unused in ("embed_avg", "cluster_size"):        # written once or never, read never
+            rest.pop(f"quantize.embedding.{unused}", None)
+        try:
+            tok.quantize_layer.load_state_dict({k[len("quantize_layer."):]: rest.pop(k) for k in list(rest) if k.startswith("quantize_layer.")})
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        if rest:
+            raise CheckpointError(f"{path}: {len(rest)} unknown keys, {sorted(rest)[0]} the first")
+    elif ckpt["kind"] == "random_projection":
+        tok = RandomProjectionTokenizer(**ckpt["tokenizer"])
+        tok.load_state_dict(ckpt["model"])
+    elif ckpt["kind"] == "tokenizer":
+        tok = SelfDistilledTokenizer(Encoder(EncoderConfig(**ckpt["encoder"])), **ckpt["tokenizer"])
+        tok.load_state_dict(ckpt["model"])
+    else:
+        raise CheckpointError(f"{path}: this file is {ckpt['kind']}, not a tokenizer")
+    return tok.eval().requires_grad_(False)
+
+def export_official_tokenizer(tok, path):
+    """Write a SelfDistilledTokenizer in the released layout: encoder, projection and codebook, without the estimator."""
+    cfg, state = encoder_to_official(tok.encoder)
+    cfg.pop("layer_wise_gradient_decay_ratio")
+    cfg |= dict(quant_n=tok.n_codes, quant_dim=tok.config["code_dim"])
+    state |= {"quantize_layer." + k: v for k, v in tok.quantize_layer.state_dict().items()}
+    state |= {"quantize.embedding.weight": tok.codebook.weight, "quantize.embedding.cluster_size": tok.codebook.cluster_size,
+              "quantize.embedding.embed_avg": torch.zeros_like(tok.codebook.weight),
+              "quantize.embedding.initted": torch.ones(1), "quantize.cluster_size": tok.codebook.cluster_size}
+    torch.save({"cfg": cfg, "model": {k: v.detach().float().contiguous().clone() for k, v in state.items()}}, path)
+
+# -----------------------------------------------------------------------------
+# tokens of a whole pack, computed once
+
+def token_offsets(pack):
+    """Where each clip's tokens begin in the pack's token file: (clips + 1,)."""
+    return np.concatenate([[0], np.cumsum(num_tokens(torch.from_numpy(pack.samples.astype(np.int64))).numpy())])
+
+def token_id(tok, pack):
+    """Hash of everything the tokens depend on: the tokenizer's weights and configuration, the pack's audio and index."""
+    h = hashlib.sha256(repr(tokenizer_state(tok)["tokenizer"]).encode())
+    if isinstance(tok, SelfDistilledTokenizer):
+        h.update(repr(tok.encoder.cfg).encode())
+    for name, tensor in tok.state_dict().items():
+        h.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    h.update(pack.index.tobytes() + pack.info["audio_sha256"].encode())
+    return h.hexdigest()[:16]
+
+@torch.no_grad()
+def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
+    """(tokens, offsets) of every clip of a pack: read from tokens-<id>.bin beside it, or computed there by all ranks."""
+    offsets = token_offsets(pack)
+    path = pack.path / f"tokens-{token_id(tok, pack)}.bin"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        if rank() == 0:
+            with open(partial, "wb") as f:
+                f.truncate(2 * int(offsets[-1]))
+        barrier()
+        out = np.memmap(partial, "<u2", "r+")
+        clips = data.Clips([pack])
+        batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), shuffle=False)[rank()::world()]
+        items = [[(i,) for i in batch] for batch in batches]
+        for batch in tqdm(data.loader(clips, items), desc=f"tokenizing {pack.path.name}", unit="batch", disable=True if rank() else None):
+            batch = data.to_device(batch, device)
+            with autocast(device, dtype):
+                codes = tok.encode(batch["wav"], batch["lengths"]).cpu().numpy()
+            for clip, row in zip(batch["clip"].tolist(), codes):
+                out[offsets[clip]:offsets[clip + 1]] = row[:offsets[clip + 1] - offsets[clip]]
+        out.flush()
+        barrier()
+        if rank() == 0:
+            os.replace(partial, path)
+        barrier()
+    return np.memmap(path, "<u2", "r"), offsets
+
+def code_use(counts):
+    """counts (..., K) of codes per band -> dict: codes used, perplexity, entropy of the codes given the band in nats."""
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    entropy = lambda p: -(p * p.clamp(min=1e-300).log()).sum(-1)
+    total, bands = counts.sum(0), counts.sum(-1)
+    return dict(codes_used=int((total > 0).sum()), perplexity=entropy(total / total.sum()).exp().item(),
+                entropy_given_band=(entropy(counts / bands.clamp(min=1)[:, None]) * bands).sum().item() / bands.sum().item())
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokenizer", help="a checkpoint, ours or released")
+    parser.add_argument("--data", required=True, help="the pack to tokenize; tokens are kept beside it")
+    parser.add_argument("--device", default="auto", help="[auto]")
+    args = parser.parse_args()
+    _, _, device = setup(args.device)
+    tok, pack = load_tokenizer(args.tokenizer).to(device), data.Pack(args.data)
+    tokens, offsets = cached_tokens(tok, pack, device)
+    counts = np.stack([np.bincount(tokens[band::BANDS], minlength=tok.n_codes) for band in range(BANDS)])
+    use = code_use(counts)
+    print(f"{args.data}: {len(tokens)} tokens of {len(pack)} clips, {use['codes_used']} of {tok.n_codes} codes used, "
+          f"perplexity {use['perplexity']:.1f}, entropy given the band {use['entropy_given_band']:.3f} nats")
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, CheckpointError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,227 @@
+"""
+Distil a teacher into an acoustic tokenizer: its codes must let an estimator predict the teacher's features (section 3.2.2).
+
+    python train_tokenizer.py --data packs/mine --iter 2                              # teacher: out/mam_iter1.pt
+    python train_tokenizer.py --data packs/mine --iter 3 --teacher out/finetune_mine.pt   # a classifier teaches its logits
+    torchrun --nproc_per_node 8 train_tokenizer.py --iter 2 --crop_seconds 0 --batch_seconds 1400 --max_steps 400000 --lr 5e-5
+
+Writes out/tokenizer_iter<k>.pt, the labels of train_mam.py --iter k, and .jsonl. The loss is 1 - cosine to the teacher's
+features plus beta times the squared distance of the encoder's vectors to their codes, over valid tokens. Glossary: cosine
+to the centred teacher's features; commitment: squared distance; codes_used, perplexity: since the last log line; revived:
+codes put to new use since then.
+"""
+import contextlib
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+import data
+from common import UserError, all_sum, autocast
+from model import BANDS, PRESETS, Classifier, Encoder, EncoderConfig, fbank, load, patchify, valid_tokens
+from tokenizer import SelfDistilledTokenizer, code_use, is_silent, tokenizer_state
+
+@dataclass
+class Config:
+    iter: int = 2                   # iteration of the tokenizer; its teacher is mam_iter<k-1>.pt
+    data: str = ""                  # packs and their shares of the sampled seconds, packs/a:0.7,packs/b:0.3; none = toy sounds
+    teacher: str = ""               # another teacher: an encoder, or a classifier for its token logits; ours or released
+    out_dir: str = "out"            # folder of checkpoints and logs
+    model: str = ""                 # tiny | base | large; none = the teacher's size
+    from_teacher: bool = True       # start the tokenizer's encoder from the teacher's weights (if of its size)
+    codes: int = 1024               # size of the codebook
+    code_dim: int = 256             # width of a code
+    estimator_blocks: int = 3       # transformer blocks from codes to features
+    centre: bool = True             # subtract the mean of the teacher's features: most of each is common to all
+    beta: float = 1.0               # weight of the commitment loss
+    decay: float = 0.99             # of the codebook's moving average
+    revive: float = 0.1             # codes used less than this share of the average start anew, 0 = never
+    crop_seconds: float = 2.56      # random crops of this length, 0 = whole clips
+    batch_seconds: float = 82.0     # audio per step, all ranks together
+    device_seconds: float = 0.0     # most audio per forward pass on one device, 0 = the rank's whole share
+    max_steps: int = 500            # optimizer steps
+    warmup_steps: int = 60          # of linear warm-up, then linear decay to 0
+    lr: float = 5e-4                # peak learning rate
+    weight_decay: float = 0.01      # on matrices only
+    clip: float = 1.0               # largest gradient norm
+    seed: int = 0                   # of everything
+    device: str = "auto"            # auto | cpu | cuda
+    dtype: str = "auto"             # auto | float32 | bfloat16
+    compile: bool = False           # torch.compile
+    workers: int = 0                # data processes per rank
+    log_every: int = 20             # steps between log lines
+    eval_every: int = 250           # steps between validations
+    save_every: int = 250           # steps between checkpoints
+    resume: bool = False            # continue out/tokenizer_iter<k>.pt
+
+@torch.no_grad()
+def prepare(batch, encoder, teacher):
+    """Waveforms -> patches (B, T, 256), valid (B, T), teacher's features (B, T, width) in float32, silent (B, T)."""
+    features = fbank(batch["wav"])
+    valid = valid_tokens(batch["lengths"], batch["wav"].shape[1])
+    trunk = teacher.encoder if isinstance(teacher, Classifier) else teacher
+    target = trunk(patchify(trunk.normalise(features)), valid)
+    if isinstance(teacher, Classifier):
+        target = teacher.head(target)
+    return patchify(encoder.normalise(features)), valid, target.float(), is_silent(features)
+
+def losses(model, patches, valid, target, mean):
+    """Sums over valid tokens of 1 - cosine and of the commitment, and z (B, T, d), codes (B, T)."""
+    z, codes, predicted = model(patches, valid)
+    distance = 1 - F.cosine_similarity(predicted.float(), target - mean, dim=-1)            # (B, T)
+    raw = model.module if hasattr(model, "module") else model
+    commitment = (z - raw.codebook.weight[codes]).square().sum(-1)                          # equation 3, per token
+    return (distance * valid).sum(), (commitment * valid).sum(), z.detach(), codes
+
+@torch.no_grad()
+def evaluate(model, teacher, batches, cfg, device):
+    """Cosine, commitment and use of codes over the held-out clips of all ranks."""
+    model.eval()
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    counts = torch.zeros(BANDS, cfg.codes, device=device)
+    for batch in batches:
+        with autocast(device, cfg.dtype):
+            patches, valid, target, _ = prepare(data.to_device(batch, device), model.encoder, teacher)
+            distance, commitment, _, codes = losses(model, patches, valid, target, model.target_mean)
+        total += torch.stack([distance, commitment, valid.sum()])
+        place = codes + torch.arange(codes.shape[1], device=device) % BANDS * cfg.codes
+        counts += torch.bincount(place[valid], minlength=counts.numel()).view_as(counts)
+    model.train()
+    distance, commitment, n = all_sum(total).tolist()
+    use = code_use(all_sum(counts).cpu())
+    return dict(valid_cosine=1 - distance / max(n, 1), valid_commitment=commitment / max(n, 1), valid_codes_used=use["codes_used"],
+                valid_perplexity=use["perplexity"], entropy_given_band=use["entropy_given_band"])
+
+def main(**flags):
+    # configuration: defaults < checkpoint < flags typed
+    cfg = Config(**flags)
+    path, ckpt = f"{cfg.out_dir}/tokenizer_iter{cfg.iter}.pt", None
+    if cfg.resume:
+        ckpt = common.read_training(path)
+        cfg = Config(**{**ckpt["config"], **flags})
+    rank, world, device = common.setup(cfg.device, cfg.seed)
+    log = common.Log(path.replace(".pt", ".jsonl"))
+
+    # teacher
+    teacher_path = cfg.teacher or f"{cfg.out_dir}/mam_iter{cfg.iter - 1}.pt"
+    if not os.path.exists(teacher_path):
+        raise UserError(f"{teacher_path}: no such teacher; make it with: python train_mam.py --iter {cfg.iter - 1}"
+                        + (f" --data {cfg.data}" if cfg.data else "") + ", or name one with --teacher")
+    teacher = load(teacher_path).to(device).requires_grad_(False)
+    trunk = teacher.encoder if isinstance(teacher, Classifier) else teacher
+
+    # data
+    packs, weights = data.open_packs(cfg.data or f"{cfg.out_dir}/toy")
+    rows = round(cfg.crop_seconds * data.SAMPLE_RATE / data.ROW)
+    crop = rows * data.ROW + data.FRAME - data.HOP if rows else 0
+    train, valid = data.hold_out(packs, seed=cfg.seed)
+    clips = data.Clips(packs, crop)
+    plan = lambda epoch: data.epoch_batches(clips.samples, cfg.batch_seconds * data.SAMPLE_RATE + crop - rows * data.ROW,
+                                            (cfg.seed, epoch), train, weights, multiple=world)
+
+    # model
+    if ckpt:
+        shape = EncoderConfig(**ckpt["encoder"])
+    elif cfg.model:
+        shape = dataclasses.replace(PRESETS[cfg.model], fbank_mean=trunk.cfg.fbank_mean, fbank_std=trunk.cfg.fbank_std)
+    else:
+        shape = dataclasses.replace(trunk.cfg)
+    width = len(teacher.labels) if isinstance(teacher, Classifier) else trunk.cfg.dim
+    model = SelfDistilledTokenizer(Encoder(shape), cfg.codes, cfg.code_dim, cfg.estimator_blocks, width).to(device)
+    if cfg.from_teacher and not ckpt and [p.shape for p in model.encoder.parameters()] == [p.shape for p in trunk.parameters()]:
+        model.encoder.load_state_dict(trunk.state_dict())
+    optimizer = common.make_optimizer(model, cfg.lr, cfg.weight_decay)
+    step, place = 0, (0, 0)
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        step, place = ckpt["step"], tuple(ckpt["place"])
+    else:
+        common.keep_old(path)
+    model.codebook.decay = cfg.decay
+    log(f"tokenizer {cfg.iter}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {cfg.codes} codes of {cfg.code_dim}, "
+        f"teacher {teacher_path} ({'token logits' if isinstance(teacher, Classifier) else 'last layer'}, {width} wide)")
+
+    # start of the codebook: k-means over all ranks; mean of the teacher's features
+    fixed = data.fixed_batches(clips, train, cfg.batch_seconds / world, cfg.seed, 32, 0, slice(rank, None, world))
+    if not ckpt:
+        z, mean, n = [], torch.zeros(width, device=device), torch.zeros((), device=device)
+        model.eval()
+        with torch.no_grad(), autocast(device, cfg.dtype):
+            for batch in tqdm(fixed, desc="k-means sample", leave=False, disable=True if rank else None):
+                patches, ok, target, silent = prepare(data.to_device(batch, device), model.encoder, teacher)
+                z.append(model.quantize_input(patches, ok)[ok & ~silent])
+                mean, n = mean + target[ok].sum(0), n + ok.sum()
+        model.train()
+        if cfg.centre:
+            model.target_mean.copy_(all_sum(mean) / all_sum(n))
+        model.codebook.kmeans_start_(torch.cat(z))
+    ddp = common.wrap(model, device, cfg.compile)
+
+    # training
+    valid_batches = data.fixed_batches(clips, valid, cfg.batch_seconds / world, cfg.seed, None, 1, slice(rank, None, world))
+    stream = data.Stream(plan, cfg.seed, place, rank, world)
+    batches = iter(data.loader(clips, stream, cfg.workers))
+    stop = common.Stop()
+    model.train()
+    window, counts, revived = torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(cfg.codes, device=device), 0
+    seen, began = 0.0, time.time()
+    save = lambda: common.save_checkpoint(path, **tokenizer_state(model), optimizer=optimizer.state_dict(), step=step, place=place,
+                                          config=dataclasses.asdict(cfg))
+    for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="train", disable=True if rank else None):
+        common.seed_step(cfg.seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps)
+        batch = data.to_device(next(batches), device)
+        parts = data.split_batch(batch, cfg.device_seconds)
+        count = all_sum(sum(valid_tokens(part["lengths"], part["wav"].shape[1]).sum() for part in parts).double())
+        z, codes = [], []
+        for i, part in enumerate(parts):
+            with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else ddp.no_sync():
+                with autocast(device, cfg.dtype):
+                    patches, ok, target, _ = prepare(part, model.encoder, teacher)
+                    distance, commitment, part_z, part_codes = losses(ddp, patches, ok, target, model.target_mean)
+                ((distance + cfg.beta * commitment) * world / count).float().backward()     # DDP divides by world
+            z.append(part_z[ok])
+            codes.append(part_codes[ok])
+            window += torch.stack([distance.detach(), commitment.detach(), ok.sum()])
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        revived += model.codebook.update_(torch.cat(z), torch.cat(codes), cfg.revive)
+        counts += torch.bincount(torch.cat(codes), minlength=cfg.codes)
+        place = stream.after(place)
+        seen += len(batch["wav"]) * batch["wav"].shape[1] / data.SAMPLE_RATE * world
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.max_steps:
+            distance, commitment, n = all_sum(window).tolist()
+            use = code_use(all_sum(counts)[None].cpu())
+            log(step=done, cosine=1 - distance / n, commitment=commitment / n, codes_used=use["codes_used"], perplexity=use["perplexity"],
+                revived=revived, lr=optimizer.param_groups[0]["lr"], x_realtime=seen / (time.time() - began), epoch=place[0])
+            if use["perplexity"] < 0.02 * cfg.codes:
+                log(f"WARNING: the codebook is collapsing, {use['codes_used']} of {cfg.codes} codes in use, perplexity {use['perplexity']:.1f}; "
+                    "stop and try a lower --lr, a higher --revive or --from_teacher")
+            window, counts, revived, seen, began = torch.zeros_like(window), torch.zeros_like(counts), 0, 0.0, time.time()
+        stopping = stop.now(done, device)
+        if done % cfg.eval_every == 0 or done == cfg.max_steps:
+            result = evaluate(model, teacher, valid_batches, cfg, device)
+            log(step=done, **result)
+            began = time.time()
+        if done % cfg.save_every == 0 or done == cfg.max_steps or stopping:
+            step = done
+            save()
+        if stopping:
+            log(f"stopped at step {done}, saved in {path}; go on with --resume")
+            return dict(step=done)
+    stop.close()
+    return dict(step=cfg.max_steps, **evaluate(model, teacher, valid_batches, cfg, device))
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)
