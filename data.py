@@ -432,12 +432,12 @@ def rows_from_csv(table, root=None, columns=None, keep=None):
     """A table with a header: path, and if there are label (several separated by ; or ,), split or fold, group, start, end."""
     try:
         with open(table, newline="", encoding="utf-8-sig") as f:
-            lines = list(csv.DictReader(f, skipinitialspace=True))
+            reader = csv.DictReader(f, skipinitialspace=True)
+            lines, header = list(reader), reader.fieldnames or []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{table}: cannot be read as a table ({error})") from None
     names = {"path": ["path", "file", "filename", "wav"], "label": ["label", "labels", "category", "class"],
              "split": ["split", "fold", "fold_or_split"], "group": ["group", "speaker"], "start": ["start"], "end": ["end"]}
-    header = list(lines[0]) if lines else []
     found = {key: next((n for n in options if n in header), None) for key, options in names.items()} | (columns or {})
     if found["path"] is None:
         raise UserError(f"{table}: no column named {', '.join(names['path'])}; its header is {header}; try --path_column NAME")

@@ -127,7 +127,7 @@ def main(**flags):
     clips = data.Clips(packs, crop)
     plan = lambda epoch: data.epoch_batches(clips.samples, cfg.batch_seconds * data.SAMPLE_RATE + crop - rows * data.ROW,
                                             (cfg.seed, epoch), train, weights, multiple=world)
-    fixed = lambda *args: data.fixed_batches(clips, args[0], cfg.batch_seconds / world, cfg.seed, *args[1:])
+    fixed = lambda *args: data.fixed_batches(clips, args[0], min(cfg.batch_seconds, 100.0 * world), cfg.seed, *args[1:])
     mine = slice(rank, None, world)
 
     # labels

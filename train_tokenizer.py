@@ -149,12 +149,13 @@ def main(**flags):
         f"teacher {teacher_path} ({'token logits' if isinstance(teacher, Classifier) else 'last layer'}, {width} wide)")
 
     # start of the codebook: k-means over all ranks; mean of the teacher's features
-    fixed = data.fixed_batches(clips, train, cfg.batch_seconds / world, cfg.seed, 32, 0, slice(rank, None, world))
+    fixed = lambda *args: data.fixed_batches(clips, args[0], min(cfg.batch_seconds, 100.0 * world), cfg.seed, *args[1:])
+    mine = slice(rank, None, world)
     if not ckpt:
         z, mean, n = [], torch.zeros(width, device=device), torch.zeros((), device=device)
         model.eval()
         with torch.no_grad(), autocast(device, cfg.dtype):
-            for batch in tqdm(fixed, desc="k-means sample", leave=False, disable=True if rank else None):
+            for batch in tqdm(fixed(train, 32, 0, mine), desc="k-means sample", leave=False, disable=True if rank else None):
                 patches, ok, target, silent = prepare(data.to_device(batch, device), model.encoder, teacher)
                 z.append(model.quantize_input(patches, ok)[ok & ~silent])
                 mean, n = mean + target[ok].sum(0), n + ok.sum()
@@ -165,7 +166,7 @@ def main(**flags):
     ddp = common.wrap(model, device, cfg.compile)
 
     # training
-    valid_batches = data.fixed_batches(clips, valid, cfg.batch_seconds / world, cfg.seed, None, 1, slice(rank, None, world))
+    valid_batches = fixed(valid, None, 1, mine)
     stream = data.Stream(plan, cfg.seed, place, rank, world)
     batches = iter(data.loader(clips, stream, cfg.workers))
     stop = common.Stop()

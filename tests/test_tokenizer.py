@@ -1,0 +1,199 @@
+"""Random projection, codebook, self-distilled tokenizer, the token cache."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import tokenizer
+from conftest import MICRO
+from model import CheckpointError, Encoder, fbank, load_official, patchify, valid_tokens
+from tokenizer import (Codebook, RandomProjectionTokenizer, SelfDistilledTokenizer, cached_tokens, code_use, export_official_tokenizer,
+                       is_silent, load_tokenizer, token_id)
+
+@pytest.mark.parametrize("case", ["single_1s", "padded_1s"])
+def test_labels_equal_the_official_ones(golden, official, case):
+    tok, wav, mask = load_tokenizer(official("tokenizer")), golden["inputs"][case]["wav"], golden["inputs"][case]["mask"]
+    valid = None if mask is None else valid_tokens((~mask).sum(1), wav.shape[1], "official")
+    features = golden["encoder"]["expected"][case]["fbank"] * (2 * 6.55582) + 15.41663
+    labels = tok.codes(features, valid)
+    assert torch.equal(labels, golden["tokenizer"]["expected"][case]["labels"])
+    again = tok.encode(wav, None if mask is None else (~mask).sum(1), padding="official")
+    assert torch.equal(again[again >= 0], labels[again >= 0])
+
+def test_export_gives_back_the_official_file(official, tmp_path):
+    before = torch.load(official("tokenizer"), weights_only=True)
+    export_official_tokenizer(load_tokenizer(official("tokenizer")), tmp_path / "back.pt")
+    after = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert before["model"].keys() == after["model"].keys()
+    same = [k for k in before["model"] if k not in ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg")]    # never read
+    assert all(torch.equal(before["model"][k], after["model"][k]) for k in same)
+    assert before["cfg"].items() >= {k: v for k, v in after["cfg"].items() if k in before["cfg"]}.items()
+
+def test_files_of_the_wrong_kind_are_named_as_what_they_are(official):
+    with pytest.raises(CheckpointError, match="is an encoder, not a tokenizer"):
+        load_tokenizer(official("encoder"))
+    with pytest.raises(CheckpointError, match="is a fine-tuned classifier"):
+        load_tokenizer(official("finetuned"))
+    with pytest.raises(CheckpointError, match="is a tokenizer"):
+        load_official(official("tokenizer"))
+
+# ---- codebook
+
+def test_codebook_steps_equal_the_official_ones():
+    golden = torch.load(Path(__file__).parent / "golden_quantizer.pt", weights_only=True)
+    codebook = Codebook(24, 8)
+    for i, step in enumerate(golden["steps"]):
+        z = F.normalize(step["z"], dim=-1)
+        flat = z.flatten(0, 1)
+        if i == 0:
+            codebook.kmeans_start_(flat, start=golden["kmeans_first_perm"])
+        else:       # a dead code is planted between two of the steps
+            codebook.weight.copy_(step["state_before"]["embedding.weight"])
+        codes = codebook.nearest(z)
+        assert torch.equal(codes.flatten(), step["idx"])
+        assert torch.allclose(codebook.weight[codes], step["z_q"], atol=1e-6)
+        assert torch.allclose((z - codebook.weight[codes]).square().mean(), step["loss"], atol=1e-7)     # the official mean
+        if step["mode"] == "train":
+            codebook.update_(flat, codes.flatten())
+            assert torch.allclose(codebook.cluster_size, step["state_after"]["cluster_size"], atol=1e-5)
+        assert torch.allclose(codebook.weight, step["state_after"]["embedding.weight"], atol=1e-6)
+
+def test_kmeans_finds_planted_clusters():
+    torch.manual_seed(0)
+    centres = F.normalize(torch.randn(8, 16), dim=-1)
+    z = F.normalize(centres.repeat(100, 1) + 0.05 * torch.randn(800, 16), dim=-1)
+    codebook = Codebook(8, 16)
+    codebook.kmeans_start_(z, start=torch.arange(8))
+    assert (codebook.weight @ centres.T).max(0).values.min() > 0.99
+
+def test_a_dead_code_is_put_to_use_and_stays():
+    torch.manual_seed(0)
+    codebook = Codebook(4, 8)
+    z = F.normalize(torch.randn(200, 8), dim=-1)
+    codebook.weight.copy_(F.normalize(torch.randn(4, 8), dim=-1))
+    codebook.weight[2] = -z.mean(0) / z.mean(0).norm() * 0                 # a code that nothing chooses
+    codebook.weight[2, 0] = 0
+    revived, steps = 0, 0
+    while not revived:
+        codes = (z @ codebook.weight.T)
+        codes[:, 2] = -9
+        revived, steps = codebook.update_(z, codes.argmax(-1), revive=0.1), steps + 1
+    assert 150 < steps < 300                                                # 0.99^229 = 0.1
+    assert codebook.weight[2].norm().item() == pytest.approx(1.0, abs=1e-5)
+    for _ in range(20):
+        assert codebook.update_(z, codebook.nearest(z), revive=0.1) == 0
+    assert (codebook.nearest(z) == 2).any()
+
+def test_looking_up_changes_nothing():
+    torch.manual_seed(0)
+    tok = SelfDistilledTokenizer(Encoder(MICRO), 16, 8, 1, 32)
+    tok.codebook.kmeans_start_(F.normalize(torch.randn(100, 8), dim=-1))
+    before = {k: v.clone() for k, v in tok.state_dict().items()}
+    tok.train()(torch.randn(1, 16, 256), torch.ones(1, 16, dtype=torch.bool))
+    tok.eval().encode(torch.randn(1, 8000))
+    assert all(torch.equal(v, before[k]) for k, v in tok.state_dict().items())
+
+def test_straight_through():
+    torch.manual_seed(0)
+    tok = SelfDistilledTokenizer(Encoder(MICRO), 16, 8, 1, 32)
+    tok.codebook.kmeans_start_(F.normalize(torch.randn(100, 8), dim=-1))
+    seen = []
+    tok.embed.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    z, codes, prediction = tok(torch.randn(1, 16, 256), torch.ones(1, 16, dtype=torch.bool))
+    assert torch.allclose(seen[0], tok.codebook.weight[codes], atol=1e-6)   # the estimator is fed codes
+    prediction.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in tok.parameters())       # and the encoder learns through them
+
+# ---- lengths
+
+def tokenizers():
+    torch.manual_seed(0)
+    distilled = SelfDistilledTokenizer(Encoder(MICRO), 32, 8, 0).eval()
+    distilled.codebook.kmeans_start_(F.normalize(torch.randn(500, 8), dim=-1))
+    projection = RandomProjectionTokenizer(64)
+    projection.fit_([(0.1 * torch.randn(8, 16000), torch.full((8,), 16000))])
+    return distilled, projection
+
+@pytest.mark.parametrize("tok", tokenizers(), ids=["distilled", "projection"])
+def test_a_padded_clip_gives_the_tokens_it_gives_alone(tok):
+    lengths = torch.tensor([16000, 2800, 9000])
+    clips = [0.1 * torch.randn(n) for n in lengths]
+    wav = torch.stack([F.pad(c, (0, 16000 - len(c))) for c in clips])
+    codes = tok.encode(wav, lengths)
+    for i, clip in enumerate(clips):
+        alone = tok.encode(clip[None])[0]
+        assert torch.equal(codes[i, :len(alone)], alone) and (codes[i, len(alone):] == -1).all() and (alone >= 0).all()
+
+# ---- random projection
+
+def test_projection_labels_equal_a_naive_search(toy):
+    pack = data.Pack(toy)
+    wav = torch.from_numpy(np.stack([pack.audio(i) for i in range(20)]) / np.float32(32768))
+    for smooth in (True, False):
+        tok = RandomProjectionTokenizer(smooth=smooth).fit_([(wav, torch.full((20,), 48000))])
+        patches = patchify((fbank(wav[:1]) - tok.bin_mean) / tok.bin_std)[0]
+        for t in range(0, 48, 7):
+            z = (patches[t] @ tok.filters - tok.mean) @ tok.whiten
+            expect = (z / z.norm() - tok.codebook).norm(dim=-1).argmin()
+            assert tok.encode(wav[:1])[0, t] == expect
+
+def test_projection_statistics(toy):
+    pack = data.Pack(toy)
+    wav = torch.from_numpy(np.stack([pack.audio(i) for i in range(40)]) / np.float32(32768))
+    tok = RandomProjectionTokenizer().fit_([(wav[:20], torch.full((20,), 48000)), (wav[20:], torch.full((20,), 48000))])
+    z = (tok.project(fbank(wav)) - tok.mean) @ tok.whiten
+    assert torch.allclose(torch.cov(z.flatten(0, 1).T), torch.eye(8), atol=1e-3) and z.mean((0, 1)).abs().max() < 1e-3
+    assert code_use(torch.bincount(tok.encode(wav).flatten(), minlength=1024)[None])["codes_used"] > 700
+
+def test_projection_has_its_own_seed():
+    torch.manual_seed(1)
+    a = RandomProjectionTokenizer(seed=3)
+    state = torch.get_rng_state()
+    b = RandomProjectionTokenizer(seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(a.filters, b.filters) and not torch.equal(a.filters, RandomProjectionTokenizer(seed=4).filters)
+
+def test_silence_and_padding_do_not_count_in_the_statistics(toy):
+    pack = data.Pack(toy)
+    wav = torch.from_numpy(np.stack([pack.audio(i)[:16000] for i in range(20)]) / np.float32(32768))
+    plain = RandomProjectionTokenizer().fit_([(wav, torch.full((20,), 16000))])
+    padded = RandomProjectionTokenizer().fit_([(F.pad(wav, (0, 8000), value=0.3), torch.full((20,), 16000))])
+    assert torch.allclose(plain.bin_mean, padded.bin_mean) and torch.allclose(plain.whiten, padded.whiten, atol=1e-4)
+    features = fbank(F.pad(wav, (0, 12000)))            # rows 0-5 are sound, the seventh is partly so, the rest is silence
+    silent = RandomProjectionTokenizer().fit_([(F.pad(wav, (0, 12000)), torch.full((20,), 28000))])
+    assert is_silent(features)[:, 56:].all() and not is_silent(features)[:, :56].any()
+    assert torch.allclose(silent.bin_mean, features[:, :112].mean((0, 1)), atol=1e-4)
+
+def test_digital_silence_cannot_be_fitted():
+    with pytest.raises(ValueError, match="digital silence"):
+        RandomProjectionTokenizer().fit_([(torch.zeros(2, 16000), torch.tensor([16000, 16000]))])
+
+# ---- use of codes, cache
+
+def test_code_use_closed_form():
+    use = code_use(torch.tensor([[10, 10, 0, 0], [0, 0, 20, 0]]))
+    assert use["codes_used"] == 3 and use["perplexity"] == pytest.approx(np.exp(1.5 * np.log(2)))
+    assert use["entropy_given_band"] == pytest.approx(0.5 * np.log(2))
+
+def test_token_cache(ragged, tmp_path):
+    import json
+    import shutil
+    shutil.copytree(ragged, tmp_path / "pack")
+    pack, (tok, _) = data.Pack(tmp_path / "pack"), tokenizers()
+    tokens, offsets = cached_tokens(tok, pack, torch.device("cpu"))
+    for i in (0, 5, 23):
+        alone = tok.encode(torch.from_numpy(pack.audio(i) / np.float32(32768))[None])[0]
+        assert np.array_equal(tokens[offsets[i]:offsets[i + 1]], alone.numpy())
+    files = lambda: sorted(p.name for p in (tmp_path / "pack").glob("tokens-*"))
+    first = files()
+    cached_tokens(tok, pack, torch.device("cpu"))
+    assert files() == first and len(first) == 1
+    before = token_id(tok, pack)
+    tok.encoder.blocks[0].fc1.bias.data[0] += 1e-3                          # one weight
+    assert token_id(tok, pack) != before
+    tok.encoder.blocks[0].fc1.bias.data[0] -= 1e-3
+    pack.info["audio_sha256"] = "another clip"                              # one clip
+    assert token_id(tok, pack) != before
