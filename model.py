@@ -11,11 +11,16 @@ BEATs (Chen et al., 2022): waveform -> log-mel filter bank -> 16x16 patches -> t
 One token is 16 frames (160 ms) of one of 8 frequency bands. Tokens are numbered time-major: token = row * 8 + band.
 Letters in shape comments: B clips, n samples, N frames, T tokens, K kept tokens, D width, H heads.
 """
+import argparse
+import csv
 import dataclasses
 import functools
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,6 +31,9 @@ PATCH, BANDS = 16, 8                # a patch is 16 frames x 16 mel bins, so one
 MIN_SAMPLES = FRAME + (PATCH - 1) * HOP     # 2,800: the shortest clip with one patch row
 LOG_FLOOR = math.log(torch.finfo(torch.float32).eps)    # fbank value of digital silence, -15.94
 
+class CheckpointError(ValueError):
+    """A file that cannot be used; the message names it and says why."""
+
 # -----------------------------------------------------------------------------
 # front end
 
@@ -34,8 +42,7 @@ def num_tokens(samples):
     rows = (1 + (samples - FRAME) // HOP) // PATCH
     return (rows.clamp(min=0) if torch.is_tensor(rows) else max(rows, 0)) * BANDS
 
-@functools.lru_cache
-def _fbank_constants(device):
+def _fbank_constants():
     window = torch.hann_window(FRAME, periodic=False).pow(0.85)     # Kaldi's "povey" window
     mel = lambda hz: 1127.0 * math.log(1.0 + hz / 700.0)
     low, high = mel(20.0), mel(SAMPLE_RATE / 2)
@@ -44,8 +51,13 @@ def _fbank_constants(device):
     bins = 1127.0 * (1.0 + SAMPLE_RATE / 512 * torch.arange(256) / 700.0).log()
     # triangles in mel, in torchaudio's float32 arithmetic: low ones are so narrow that rounding decides their height
     banks = torch.min((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
-    banks = F.pad(banks, (0, 1))    # the Nyquist bin has no weight
-    return window.to(device), banks.T.contiguous().to(device)
+    return window, F.pad(banks, (0, 1)).T.contiguous()              # the Nyquist bin has no weight
+
+WINDOW, MEL_BANKS = _fbank_constants()      # (400,), (257, 128)
+
+@functools.lru_cache
+def _on(device):
+    return WINDOW.to(device), MEL_BANKS.to(device)
 
 @torch.no_grad()
 def fbank(wav: torch.Tensor) -> torch.Tensor:
@@ -60,10 +72,10 @@ def fbank(wav: torch.Tensor) -> torch.Tensor:
                          "a single clip is wav[None], a stereo clip wav.mean(0)[None]")
     if wav.shape[1] < FRAME:
         raise ValueError(f"fbank needs at least {FRAME} samples (25 ms at 16 kHz), got {wav.shape[1]}; zero-pad the clip")
-    if len(wav) > 4 and wav.device.type == "cpu":       # a few clips at a time stay in the cache: 3x faster
+    if wav.device.type == "cpu" and not torch.compiler.is_exporting() and len(wav) > 4:       # a few clips at a time stay in the cache: 3x faster
         return torch.cat([fbank(part) for part in wav.split(4)])
     with torch.autocast(wav.device.type, enabled=False):
-        window, banks = _fbank_constants(wav.device)
+        window, banks = _on(wav.device)
         x = (wav.float() * 2**15).unfold(1, FRAME, HOP)                         # (B, N, 400)
         x = x - x.mean(-1, keepdim=True)
         x = x - 0.97 * torch.cat([x[..., :1], x[..., :-1]], dim=-1)             # pre-emphasis within the frame
@@ -91,8 +103,37 @@ def valid_tokens(lengths: torch.Tensor, n: int, padding: str = "exact") -> torch
         raise ValueError(f'padding is "exact" or "official", not {padding!r}')
     mask = torch.arange(n, device=lengths.device) >= lengths[:, None]           # True = padding
     for size in (1 + (n - FRAME) // HOP, T):                                    # samples -> frames -> tokens
-        mask = mask[:, :mask.shape[1] // size * size].reshape(len(mask), size, -1).all(-1)
+        mask = mask[:, :mask.shape[1] // size * size].reshape(mask.shape[0], size, -1).all(-1)
     return ~mask
+
+def prepare_clips(wav, lengths=None, padding="exact"):
+    """(B, n) waveforms and their (B,) lengths in samples (None = n) -> (B, n') waveforms, (B, T) valid.
+
+    A clip of 1 to 2,799 samples counts as one of 2,800, zero-padded: the shortest with a row of patches. What stands
+    beyond a clip's length has no effect (with padding="official" it has, as in the released code).
+    """
+    n = wav.shape[1]
+    lengths = torch.full((wav.shape[0],), n, device=wav.device) if lengths is None else torch.as_tensor(lengths, device=wav.device)
+    if padding == "exact":
+        wav = wav.masked_fill(torch.arange(n, device=wav.device) >= lengths[:, None], 0)
+        lengths = torch.where(lengths > 0, lengths.clamp(min=MIN_SAMPLES), 0)
+    if n < MIN_SAMPLES:
+        wav = F.pad(wav, (0, MIN_SAMPLES - n))
+    return wav, valid_tokens(lengths, wav.shape[1], padding)
+
+def rows_of(x):
+    """Tokens (B, T, D) -> (B, T // 8, 8, D), one row of 8 bands per 160 ms, low to high; and each row's centre in seconds."""
+    rows = x.shape[1] // BANDS
+    centre = (torch.arange(rows, device=x.device) * PATCH * HOP + MIN_SAMPLES / 2) / SAMPLE_RATE
+    return x.view(x.shape[0], rows, BANDS, -1), centre
+
+def windows(wav, seconds=10.0, hop=5.0):
+    """A recording (n,) -> (W, window) zero-padded windows, (W,) their lengths and (W,) starts in samples."""
+    size, step = round(seconds * SAMPLE_RATE), round(hop * SAMPLE_RATE)
+    starts = torch.arange(0, max(1, len(wav) - size + step), step)
+    lengths = (len(wav) - starts).clamp(max=size)
+    padded = F.pad(wav, (0, max(0, int(starts[-1]) + size - len(wav))))
+    return torch.stack([padded[s:s + size] for s in starts])[:, :int(lengths.max())], lengths, starts
 
 # -----------------------------------------------------------------------------
 # encoder
@@ -329,20 +370,14 @@ class Encoder(nn.Module):
 
     def patches(self, wav, lengths=None, padding="exact"):
         """(B, n) waveforms, (B,) samples -> (B, T, 256) normalised patches, (B, T) valid."""
-        if lengths is None:
-            lengths = torch.full((len(wav),), wav.shape[1])
-        lengths = torch.as_tensor(lengths, device=wav.device)
-        valid = valid_tokens(lengths, wav.shape[1], padding)
-        if valid.shape[1] == 0:
-            raise ValueError(f"a clip needs {MIN_SAMPLES} samples (0.175 s at 16 kHz) for one row of patches, "
-                             f"got {wav.shape[1]}; zero-pad it")
+        wav, valid = prepare_clips(wav, lengths, padding)
         return patchify(self.normalise(fbank(wav))), valid
 
     def features(self, wav, lengths=None, layer=None, padding="exact"):
         """Token features. wav: (B, n) float in [-1, 1] at 16 kHz, zero-padded; lengths: (B,) samples, None = all n.
 
         layer: None = last; k = output of block k (0 = the first block's input); "all" = (layers + 1, B, T, D).
-        Returns x (B, T, D) and valid (B, T), True = real. x.view(B, T // 8, 8, D) is one row per 160 ms.
+        Returns x (B, T, D) and valid (B, T), True = real; see rows_of for their places in time and frequency.
         """
         patches, valid = self.patches(wav, lengths, padding)
         if layer is None:
@@ -354,13 +389,18 @@ class Encoder(nn.Module):
         """(B, D): mean over the real tokens."""
         return masked_mean(*self.features(wav, lengths, padding=padding))
 
+    def predict(self, *args, **kwargs):
+        raise CheckpointError("this model has no classifier head: it is an encoder, with features() and embed(); "
+                              "class probabilities need a fine-tuned file")
+    logits = predict
+
 def take(x, index):
     """x: (B, T, D), index: (B, K) -> (B, K, D)"""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 def put(x, index, T):
     """x: (B, K, D), index: (B, K) -> (B, T, D), zeros where nothing was put"""
-    grid = x.new_zeros(len(x), T, x.shape[-1])
+    grid = x.new_zeros(x.shape[0], T, x.shape[-1])
     return grid.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
 
 def masked_mean(x, valid):
@@ -440,16 +480,33 @@ class Classifier(nn.Module):
         return logits.sigmoid() if self.multilabel else logits.softmax(-1)
 
     def features(self, *args, **kwargs):
+        """Encoder.features"""
         return self.encoder.features(*args, **kwargs)
 
     def embed(self, *args, **kwargs):
+        """Encoder.embed"""
         return self.encoder.embed(*args, **kwargs)
+
+    def reorder(self, class_csv):
+        """Put the classes in the order of AudioSet's class_labels_indices.csv (index,mid,display_name), with its names.
+
+        The released files have an order of their own. Raises CheckpointError if the two do not have the same classes.
+        """
+        with open(class_csv, newline="") as f:
+            rows = [(int(row["index"]), row["mid"], row["display_name"]) for row in csv.DictReader(f)]
+        place = {mid: i for i, mid in enumerate(self.labels)}
+        missing = [mid for _, mid, _ in rows if mid not in place]
+        if missing or len(rows) != len(place):
+            raise CheckpointError(f"{class_csv}: its {len(rows)} classes are not the model's {len(place)}" + (f"; {missing[0]} is not there" if missing else ""))
+        order = [place[mid] for _, mid, _ in sorted(rows)]
+        with torch.no_grad():
+            self.head.weight.copy_(self.head.weight[order].clone())
+            self.head.bias.copy_(self.head.bias[order].clone())
+        self.labels = [name for _, _, name in sorted(rows)]
+        return self
 
 # -----------------------------------------------------------------------------
 # checkpoints: ours hold {"kind", "encoder": EncoderConfig as dict, "model", ...}, the official ones {"cfg", "model"}
-
-class CheckpointError(ValueError):
-    """A file that cannot be used; the message names it and says why."""
 
 def read_checkpoint(path) -> dict:
     """torch.load on CPU that never runs code from the file. Raises CheckpointError."""
@@ -556,11 +613,15 @@ def encoder_from_official(cfg: dict, theirs: dict, path="checkpoint") -> Encoder
         raise CheckpointError(f"{path}: tensors do not fit together: {error}") from None
     return encoder
 
-def load_official(path):
+def load_official(path, reorder=None, class_csv=None):
     """A released file -> Encoder, or Classifier if it is fine-tuned, in eval mode. Dimensions are read from the tensors.
 
+    reorder="audioset" puts the classes in the order, and under the names, of class_csv (AudioSet's
+    class_labels_indices.csv); by default they are MIDs in the file's own order.
     Strict: every key is used and none is missing. Raises CheckpointError.
     """
+    if reorder not in (None, "audioset") or (reorder and not class_csv):
+        raise ValueError('reorder is None or "audioset", which needs class_csv="class_labels_indices.csv"')
     ckpt = read_checkpoint(path)
     if "cfg" not in ckpt:
         raise CheckpointError(f"{path}: not an official checkpoint but one of ours; use load")
@@ -575,6 +636,10 @@ def load_official(path):
         model.head.load_state_dict({"weight": rest.pop("predictor.weight"), "bias": rest.pop("predictor.bias")})
     if rest:
         raise CheckpointError(f"{path}: {len(rest)} unknown keys, {sorted(rest)[0]} the first")
+    if reorder:
+        if model is encoder:
+            raise CheckpointError(f"{path}: this file has no classifier head, hence no classes to reorder")
+        model.reorder(class_csv)
     return model.eval()
 
 def export_official(model, path) -> None:
@@ -588,3 +653,107 @@ def export_official(model, path) -> None:
         ckpt["label_dict"] = dict(enumerate(model.labels))
     ckpt["model"] = {k: v.detach().float().contiguous().clone() for k, v in state.items()}
     torch.save(ckpt, path)
+
+class _FromWaveform(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, wav, lengths):
+        return (self.model.predict if isinstance(self.model, Classifier) else self.model.features)(wav, lengths)
+
+def export_program(model):
+    """torch.export of (wav (B, n), lengths (B,)) -> probabilities of a Classifier, or (features, valid) of an Encoder.
+
+    Any batch, any length from two patch rows (5,360 samples) to ten minutes. Save with torch.export.save.
+    """
+    B, n = torch.export.Dim("B", max=4096), torch.export.Dim("n", min=MIN_SAMPLES + PATCH * HOP, max=600 * SAMPLE_RATE)
+    example = (torch.zeros(3, 20000), torch.tensor([20000, 9000, 3000]))
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        return torch.export.export(_FromWaveform(model.eval()), tuple(x.to(device) for x in example),
+                                   dynamic_shapes=({0: B, 1: n}, {0: B}), prefer_deferred_runtime_asserts_over_guards=True)
+
+# -----------------------------------------------------------------------------
+# command line
+
+def sound_files(paths):
+    """Files, and the audio files below folders, in order."""
+    from data import SUFFIXES
+    found = []
+    for path in map(Path, paths):
+        found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    return found
+
+def for_each_sound(paths, out, window, hop, use):
+    """use(wav (W, n), lengths, starts in seconds, target .npy path) for the windows of each file; bad files are named and left out."""
+    from tqdm import tqdm
+    from data import read_audio
+    files, bad = sound_files(paths), 0
+    for path in tqdm(files, unit="file", disable=None if len(files) > 1 else True):
+        try:
+            wav, lengths, starts = windows(torch.from_numpy(read_audio(path)), window, hop)
+        except ValueError as error:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            bad += 1
+            continue
+        target = (Path(out) / path.name if out else path).with_suffix(".npy")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        use(path, wav, lengths, starts / SAMPLE_RATE, target)
+    if not files or bad == len(files):
+        sys.exit("error: no usable audio in " + ", ".join(map(str, paths)))
+
+@torch.inference_mode()
+def main(argv=None):
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description="""
+Labels, embeddings or features of sounds from any checkpoint, ours or released.
+
+    python model.py CLASSIFIER.pt clip.wav folder/              # the most probable classes
+    python model.py CLASSIFIER.pt day.flac --per_window         # ... of every 10 s
+    python model.py ENCODER.pt clip.wav --out features          # features/clip.npy: (tokens, D), 8 bands per 160 ms
+    python model.py ENCODER.pt folder/ --pool                   # folder/*.npy: (D,), mean over the recording""")
+    parser.add_argument("checkpoint")
+    parser.add_argument("files", nargs="+", help="audio files, and folders of them, of any rate and length")
+    parser.add_argument("--out", help="folder of the .npy files [beside the sounds]")
+    parser.add_argument("--top", type=int, default=5, help="classes to print [5]")
+    parser.add_argument("--class_csv", help="AudioSet's class_labels_indices.csv, for names instead of MIDs")
+    parser.add_argument("--features", action="store_true", help="write features, though the checkpoint is a classifier")
+    parser.add_argument("--pool", action="store_true", help="mean over time instead of all tokens")
+    parser.add_argument("--layer", type=int, help="output of this block instead of the last; 0 = the first one's input")
+    parser.add_argument("--window", type=float, default=10.0, help="longer recordings are cut into windows of these seconds [10]")
+    parser.add_argument("--hop", type=float, help="seconds from one window to the next [half a window for classes, a window for features]")
+    parser.add_argument("--per_window", action="store_true", help="one result per window instead of their mean")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    model = load(args.checkpoint).to(args.device)
+    if args.class_csv:
+        if not isinstance(model, Classifier):
+            raise CheckpointError(f"{args.checkpoint}: this file has no classifier head, hence no classes")
+        model.reorder(args.class_csv)
+
+    def label(path, wav, lengths, starts, target):
+        p = torch.cat([model.predict(w.to(args.device), n).cpu() for w, n in zip(wav.split(8), lengths.split(8))])
+        for start, row in zip(starts, p if args.per_window else p.mean(0, keepdim=True)):
+            best = row.topk(min(args.top, len(row)))
+            place = f"{path} {start:.1f} s" if args.per_window else f"{path}"
+            print(place + "".join(f"\n    {v:6.1%}  {model.labels[i]}" for v, i in zip(best.values, best.indices)))
+
+    def describe(path, wav, lengths, starts, target):
+        parts = [model.features(w.to(args.device), n, layer=args.layer) for w, n in zip(wav.split(8), lengths.split(8))]
+        clips = [x[valid].cpu() for xs, valids in parts for x, valid in zip(xs, valids)]         # windows without their padding
+        if args.pool:
+            clips = [x.mean(0, keepdim=True) for x in clips]
+        clips = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True) if args.per_window else torch.cat(clips)
+        clips = clips.mean(0) if args.pool and not args.per_window else clips
+        np.save(target, clips.numpy())
+        print(f"{path} -> {target} {tuple(clips.shape)}")
+
+    classes = isinstance(model, Classifier) and not args.features and args.layer is None
+    hop = args.hop or (args.window / 2 if classes else args.window)
+    for_each_sound(args.files, args.out, args.window, hop, label if classes else describe)
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -25,8 +25,8 @@ from tqdm import tqdm
 import data
 from common import UserError, all_sum, autocast, barrier, rank, setup, world
 from model import (BANDS, LOG_FLOOR, PATCH, PRESETS, Block, CheckpointError, Encoder, EncoderConfig, RelativeBias,
-                   encoder_from_official, encoder_to_official, fbank, key_padding_bias, num_tokens, patchify,
-                   read_checkpoint, valid_tokens)
+                   encoder_from_official, encoder_to_official, fbank, for_each_sound, key_padding_bias, num_tokens, patchify,
+                   prepare_clips, read_checkpoint, valid_tokens)
 
 def is_silent(features):
     """(B, N, 128) fbank -> (B, T) bool: patches of digital silence, every bin at the floor."""
@@ -38,9 +38,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, wav, lengths=None, padding="exact"):
         """wav (B, n) float in [-1, 1] at 16 kHz; lengths (B,) samples -> (B, T) int64, -1 at padding. No side effects."""
-        if lengths is None:
-            lengths = torch.full((len(wav),), wav.shape[1])
-        valid = valid_tokens(torch.as_tensor(lengths, device=wav.device), wav.shape[1], padding)
+        wav, valid = prepare_clips(wav, lengths, padding)
         return self.codes(fbank(wav), valid).masked_fill(~valid, -1)
 
 class RandomProjectionTokenizer(Tokenizer):
@@ -315,19 +313,39 @@ def code_use(counts):
     return dict(codes_used=int((total > 0).sum()), perplexity=entropy(total / total.sum()).exp().item(),
                 entropy_given_band=(entropy(counts / bands.clamp(min=1)[:, None]) * bands).sum().item() / bands.sum().item())
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@torch.inference_mode()
+def main(argv=None):
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description="""
+Tokens of sounds, or of a whole pack with a report on the use of codes.
+
+    python tokenizer.py Tokenizer_iter3.pt clip.wav folder/ --out tokens    # tokens/clip.npy: (tokens,), 8 bands per 160 ms
+    python tokenizer.py out/tokenizer_iter2.pt --data packs/mine            # tokens kept beside the pack, and a report""")
     parser.add_argument("tokenizer", help="a checkpoint, ours or released")
-    parser.add_argument("--data", required=True, help="the pack to tokenize; tokens are kept beside it")
+    parser.add_argument("files", nargs="*", help="audio files, and folders of them, of any rate and length")
+    parser.add_argument("--data", help="a pack to tokenize; tokens are kept beside it")
+    parser.add_argument("--out", help="folder of the .npy files [beside the sounds]")
+    parser.add_argument("--window", type=float, default=10.0, help="longer recordings are cut into windows of these seconds [10]")
     parser.add_argument("--device", default="auto", help="[auto]")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if not args.files and not args.data:
+        parser.error("name sound files, or a pack with --data")
     _, _, device = setup(args.device)
-    tok, pack = load_tokenizer(args.tokenizer).to(device), data.Pack(args.data)
-    tokens, offsets = cached_tokens(tok, pack, device)
-    counts = np.stack([np.bincount(tokens[band::BANDS], minlength=tok.n_codes) for band in range(BANDS)])
-    use = code_use(counts)
-    print(f"{args.data}: {len(tokens)} tokens of {len(pack)} clips, {use['codes_used']} of {tok.n_codes} codes used, "
-          f"perplexity {use['perplexity']:.1f}, entropy given the band {use['entropy_given_band']:.3f} nats")
+    tok = load_tokenizer(args.tokenizer).to(device)
+
+    def tokenize(path, wav, lengths, starts, target):
+        codes = torch.cat([tok.encode(w.to(device), n).cpu().flatten() for w, n in zip(wav.split(8), lengths.split(8))])
+        np.save(target, codes[codes >= 0].numpy())
+        print(f"{path} -> {target} ({int((codes >= 0).sum())},)")
+
+    if args.files:
+        for_each_sound(args.files, args.out, args.window, args.window, tokenize)
+    if args.data:
+        pack = data.Pack(args.data)
+        tokens, _ = cached_tokens(tok, pack, device)
+        counts = np.stack([np.bincount(tokens[band::BANDS], minlength=tok.n_codes) for band in range(BANDS)])
+        use = code_use(counts)
+        print(f"{args.data}: {len(tokens)} tokens of {len(pack)} clips, {use['codes_used']} of {tok.n_codes} codes used, "
+              f"perplexity {use['perplexity']:.1f}, entropy given the band {use['entropy_given_band']:.3f} nats")
 
 if __name__ == "__main__":
     try:

@@ -43,7 +43,7 @@ class Config:
     decay: float = 0.99             # of the codebook's moving average
     revive: float = 0.1             # codes used less than this share of the average start anew, 0 = never
     crop_seconds: float = 2.56      # random crops of this length, 0 = whole clips
-    batch_seconds: float = 82.0     # audio per step, all ranks together
+    batch_seconds: float = 41.0     # audio per step, all ranks together
     device_seconds: float = 0.0     # most audio per forward pass on one device, 0 = the rank's whole share
     max_steps: int = 500            # optimizer steps
     warmup_steps: int = 60          # of linear warm-up, then linear decay to 0

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 import model
 from conftest import MICRO
@@ -191,6 +192,60 @@ def test_a_row_of_padding_stays_finite(random_encoder):
     for padding in ("exact", "official"):
         assert random_encoder.features(wav, torch.tensor([8000, 0]), padding=padding)[0].isfinite().all()
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_finite(random_encoder, dtype):
+    wav = torch.cat([torch.randn(1, 32000), torch.ones(1, 32000), torch.zeros(1, 32000)])     # loud, constant, silent
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        x, _ = random_encoder.features(wav, torch.tensor([32000, 9000, 0]))
+    exact, valid = random_encoder.features(wav, torch.tensor([32000, 9000, 0]))
+    assert x.isfinite().all() and (x - exact)[valid].abs().mean() < 0.05
+
+@pytest.mark.parametrize("n", [1, 399, 2799, 2800])
+def test_clips_shorter_than_a_patch_are_padded(random_encoder, n):
+    wav = torch.randn(1, n)
+    x, valid = random_encoder.features(wav)
+    padded, _ = random_encoder.features(torch.nn.functional.pad(wav, (0, 2800 - n)))
+    assert x.shape == (1, 8, 32) and valid.all() and torch.equal(x, padded)
+    batch = torch.cat([torch.nn.functional.pad(wav, (0, 9000 - n), value=5.0), torch.randn(1, 9000)])
+    both, valid = random_encoder.features(batch, torch.tensor([n, 9000]))
+    assert (both[0, valid[0]] - x[0]).abs().max() < 1e-5
+
+def test_rows_and_their_times(random_encoder):
+    x, _ = random_encoder.features(torch.randn(2, 16000))
+    rows, seconds = model.rows_of(x)
+    assert torch.equal(rows[1, 3, 5], x[1, 3 * 8 + 5]) and rows.shape == (2, 6, 8, 32)
+    assert seconds.tolist() == pytest.approx([0.0875 + 0.16 * i for i in range(6)])
+
+def test_windows_cover_a_recording():
+    wav = torch.arange(1, 401.0)
+    for seconds, hop in ((100 / 16000, 50 / 16000), (100 / 16000, 100 / 16000), (500 / 16000, 250 / 16000), (400 / 16000, 100 / 16000), (90 / 16000, 70 / 16000)):
+        parts, lengths, starts = model.windows(wav, seconds, hop)
+        for part, n, start in zip(parts, lengths, starts):
+            assert torch.equal(part[:n], wav[start:start + n]) and not part[n:].any()
+        assert len(set(torch.cat([p[:n] for p, n in zip(parts, lengths)]).tolist())) == 400
+    assert model.windows(wav[:30], 1.0, 0.5)[0].shape == (1, 30)
+
+class FromWaveform(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, wav, lengths):
+        return self.inner.predict(wav, lengths) if isinstance(self.inner, Classifier) else self.inner.features(wav, lengths)
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+def test_export_with_dynamic_batch_and_length(random_encoder, kind):
+    inner = random_encoder if kind == "encoder" else Classifier(random_encoder, list("abc")).eval()
+    program = model.export_program(inner)
+    for lengths in ([16000], [50001, 20000, 7000, 33333]):
+        wav, lengths = torch.randn(len(lengths), max(lengths)), torch.tensor(lengths)
+        with torch.no_grad():
+            ours, theirs = program.module()(wav, lengths), FromWaveform(inner)(wav, lengths)
+        if kind == "encoder":
+            assert torch.equal(ours[1], theirs[1])
+            ours, theirs = ours[0][ours[1]], theirs[0][theirs[1]]
+        assert (ours - theirs).abs().max() < 1e-4
+
 def test_layers(random_encoder):
     wav = torch.randn(1, 8000)
     states, _ = random_encoder.features(wav, layer="all")
@@ -302,6 +357,54 @@ def test_other_dimensions_are_read_from_the_file(tmp_path):
         again, wav = load_official(tmp_path / "other.pt"), torch.randn(1, 8000)
         assert dict(again.cfg.__dict__) == dict(encoder.cfg.__dict__)
         assert torch.equal(again.features(wav)[0], encoder.features(wav)[0])
+
+def test_official_keys_and_shapes(tmp_path):
+    with torch.device("meta"):
+        base = Encoder(PRESETS["base"])
+    state = model.encoder_to_official(base)[1]
+    assert len(state) == 250 and len(model.encoder_to_official(Encoder(MICRO))[1]) == 10 + 2 * 20
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    assert shapes["encoder.pos_conv.0.weight_g"] == (1, 1, 128) and shapes["encoder.pos_conv.0.weight_v"] == (768, 48, 128)
+    assert shapes["encoder.layers.11.self_attn.relative_attention_bias.weight"] == (320, 12) and shapes["patch_embedding.weight"] == (512, 1, 16, 16)
+    assert shapes["encoder.layers.7.self_attn.grep_a"] == (1, 12, 1, 1) and shapes["encoder.layers.7.fc1.weight"] == (3072, 768)
+
+def test_classes_in_the_order_of_audioset(official, tmp_path):
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7, 10]
+    rows = "".join(f'{i},/m/{mid:05d},"Name, {mid}"\n' for i, mid in enumerate(order))
+    (tmp_path / "classes.csv").write_text("index,mid,display_name\n" + rows)
+    plain, wav = load_official(official("finetuned")), torch.randn(1, 16000)
+    ours = load_official(official("finetuned"), reorder="audioset", class_csv=tmp_path / "classes.csv")
+    assert torch.allclose(ours.predict(wav)[0], plain.predict(wav)[0, order]) and ours.labels[:2] == ["Name, 3", "Name, 1"]
+    (tmp_path / "classes.csv").write_text("index,mid,display_name\n" + rows.replace("/m/00009", "/m/99999"))
+    with pytest.raises(CheckpointError, match="/m/99999 is not there"):
+        load_official(official("finetuned"), reorder="audioset", class_csv=tmp_path / "classes.csv")
+
+def test_an_encoder_says_that_it_is_no_classifier(official):
+    encoder = load_official(official("encoder"))
+    for method in (encoder.predict, encoder.logits):
+        with pytest.raises(CheckpointError, match="no classifier head"):
+            method(torch.randn(1, 16000))
+    with pytest.raises(CheckpointError, match="no classifier head"):
+        load_official(official("encoder"), reorder="audioset", class_csv="x")
+
+# ---- the command line
+
+def test_labels_and_features_from_the_command_line(official, write_wav, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    write_wav("in/stereo.flac", 0.1 * rng.standard_normal((44100, 2)), 44100)
+    write_wav("in/long.wav", 0.1 * rng.standard_normal(8000 * 13), 8000)
+    write_wav("in/one_sample.wav", 0.1 * rng.standard_normal(1))
+    (tmp_path / "in/text.wav").write_text("no sound")
+    model.main([str(official("finetuned")), str(tmp_path / "in"), "--top", "2"])
+    out, err = capsys.readouterr()
+    assert out.count("/m/") == 6 and out.count("%") == 6 and "text.wav: cannot be read" in err
+    model.main([str(official("finetuned")), str(tmp_path / "in/long.wav"), "--per_window", "--top", "1"])
+    assert "long.wav 0.0 s" in (out := capsys.readouterr().out) and "long.wav 5.0 s" in out
+    model.main([str(official("encoder")), str(tmp_path / "in"), "--out", str(tmp_path / "npy")])
+    model.main([str(official("encoder")), str(tmp_path / "in/long.wav"), "--out", str(tmp_path / "pooled"), "--pool", "--layer", "1"])
+    shapes = {p.stem: np.load(p).shape for p in (tmp_path / "npy").iterdir()}
+    assert shapes == {"stereo": (48, 64), "long": (496 + num_tokens(48000), 64), "one_sample": (8, 64)}
+    assert np.load(tmp_path / "pooled/long.npy").shape == (64,)
 
 def spoil(ckpt, change):
     ckpt = {**ckpt, "cfg": dict(ckpt["cfg"]), "model": dict(ckpt["model"])}

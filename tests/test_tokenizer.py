@@ -127,6 +127,13 @@ def test_a_padded_clip_gives_the_tokens_it_gives_alone(tok):
         alone = tok.encode(clip[None])[0]
         assert torch.equal(codes[i, :len(alone)], alone) and (codes[i, len(alone):] == -1).all() and (alone >= 0).all()
 
+def test_tokens_from_the_command_line(official, write_wav, tmp_path, capsys):
+    x = 0.1 * np.random.default_rng(0).standard_normal(16000 * 12)
+    tokenizer.main([str(official("tokenizer")), str(write_wav("a.wav", x)), "--out", str(tmp_path / "tokens"), "--device", "cpu"])
+    codes, tok = np.load(tmp_path / "tokens/a.npy"), load_tokenizer(official("tokenizer"))
+    wav = torch.from_numpy(data.read_audio(tmp_path / "a.wav"))
+    assert np.array_equal(codes, torch.cat([tok.encode(wav[None, :160000])[0], tok.encode(wav[None, 160000:])[0]]).numpy())
+
 # ---- random projection
 
 def test_projection_labels_equal_a_naive_search(toy):
