@@ -47,6 +47,8 @@ def run(main, Config, doc):
         main(**flags)
     except (UserError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the last checkpoint, if any, is whole")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -297,6 +297,7 @@ def finetune(cfg, flags, pack, fold, train, test, targets):
             step = done
             save()
         if stopping:
+            stop.close()
             log(f"stopped at step {done}, saved in {path}; go on with --resume")
             raise SystemExit(0)
     stop.close()

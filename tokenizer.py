@@ -180,7 +180,7 @@ class SelfDistilledTokenizer(Tokenizer):
         super().__init__()
         cfg = encoder.cfg
         self.config = dict(n_codes=n_codes, code_dim=code_dim, estimator_blocks=estimator_blocks, target_width=target_width)
-        self.n_codes = n_codes
+        self.n_codes, self.released = n_codes, {}
         self.encoder = encoder
         self.quantize_layer = nn.Sequential(nn.Linear(cfg.dim, cfg.dim), nn.Tanh(), nn.Linear(cfg.dim, code_dim))
         self.codebook = Codebook(n_codes, code_dim)
@@ -231,8 +231,8 @@ def load_tokenizer(path):
         tok = SelfDistilledTokenizer(encoder_from_official(ckpt["cfg"], rest, path), *rest["quantize.embedding.weight"].shape, 0)
         tok.codebook.weight.copy_(rest.pop("quantize.embedding.weight"))
         tok.codebook.cluster_size.copy_(rest.pop("quantize.cluster_size"))
-        for unused in ("embed_avg", "cluster_size"):        # written once or never, read never
-            rest.pop(f"quantize.embedding.{unused}", None)
+        # written once or never, read never; kept for export
+        tok.released = {k: rest.pop(k) for k in ("quantize.embedding.embed_avg", "quantize.embedding.cluster_size") if k in rest}
         try:
             tok.quantize_layer.load_state_dict({k[len("quantize_layer."):]: rest.pop(k) for k in list(rest) if k.startswith("quantize_layer.")})
         except RuntimeError as error:
@@ -252,12 +252,11 @@ def load_tokenizer(path):
 def export_official_tokenizer(tok, path):
     """Write a SelfDistilledTokenizer in the released layout: encoder, projection and codebook, without the estimator."""
     cfg, state = encoder_to_official(tok.encoder)
-    cfg.pop("layer_wise_gradient_decay_ratio")
     cfg |= dict(quant_n=tok.n_codes, quant_dim=tok.config["code_dim"])
     state |= {"quantize_layer." + k: v for k, v in tok.quantize_layer.state_dict().items()}
     state |= {"quantize.embedding.weight": tok.codebook.weight, "quantize.embedding.cluster_size": tok.codebook.cluster_size,
               "quantize.embedding.embed_avg": torch.zeros_like(tok.codebook.weight),
-              "quantize.embedding.initted": torch.ones(1), "quantize.cluster_size": tok.codebook.cluster_size}
+              "quantize.embedding.initted": torch.ones(1), "quantize.cluster_size": tok.codebook.cluster_size} | tok.released
     torch.save({"cfg": cfg, "model": {k: v.detach().float().contiguous().clone() for k, v in state.items()}}, path)
 
 # -----------------------------------------------------------------------------

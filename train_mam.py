@@ -225,6 +225,7 @@ def main(**flags):
             step = done
             save()
         if stopping:
+            stop.close()
             log(f"stopped at step {done}, saved in {path}; go on with --resume")
             return dict(step=done)
     stop.close()
