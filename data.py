@@ -272,6 +272,8 @@ def epoch_batches(samples, batch_samples, key, subsets=None, weights=None, multi
     """
     rng = np.random.default_rng(key)
     subsets = [np.arange(len(samples))] if subsets is None else subsets
+    if not sum(map(len, subsets)):
+        return []
     seconds = sum(samples[s].sum(dtype=np.int64) for s in subsets)
     order, due = [], []
     for p, subset in enumerate(subsets):        # every clip gets the time it is due at; packs advance in step

@@ -13,6 +13,7 @@ codes_used, perplexity: of the labels in the training data; x_realtime: seconds 
 """
 import contextlib
 import dataclasses
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ class Config:
     init: str = ""                  # start from this encoder, ours or a released BEATs_iter*.pt; none = random
     out_dir: str = "out"            # folder of checkpoints and logs
     model: str = "tiny"             # tiny | base | large
-    predictor_blocks: int = 2       # transformer blocks of the label predictor (3 at base)
-    predictor_dim: int = 128        # their width, 0 = the encoder's
-    predictor_heads: int = 4        # their heads, 0 = the encoder's
+    predictor_blocks: int = 0       # transformer blocks of the label predictor, 0 = 3, with tiny 2
+    predictor_dim: int = 0          # their width, 0 = the encoder's, with tiny 128
+    predictor_heads: int = 0        # their heads, 0 = the encoder's
     mask_ratio: float = 0.75        # share of the valid patches that is masked
     crop_seconds: float = 2.56      # random crops of this length, 0 = whole clips
     batch_seconds: float = 82.0     # audio per step, all ranks together
@@ -104,7 +105,7 @@ def evaluate(model, batches, tokenizer, cfg, device):
         total += torch.stack([loss, correct, (targets >= 0).sum()])
     model.train()
     loss, correct, count = all_sum(total).tolist()
-    return dict(valid_loss=loss / max(count, 1), valid_accuracy=correct / max(count, 1))
+    return dict(valid_loss=loss / (count or math.nan), valid_accuracy=correct / (count or math.nan))
 
 def main(**flags):
     # configuration: defaults < checkpoint < flags typed
@@ -152,7 +153,8 @@ def main(**flags):
         stats = [np.average([pack.info[key] for pack in packs], weights=hours) for key in ("fbank_mean", "fbank_std")]
         shape = dataclasses.asdict(PRESETS[cfg.model]) | dict(fbank_mean=float(stats[0]), fbank_std=float(stats[1]))
         encoder = Encoder(type(PRESETS[cfg.model])(**(ckpt["encoder"] if ckpt else shape)))
-    model = MaskedAudioModel(encoder, tokenizer.n_codes, cfg.predictor_blocks, cfg.predictor_dim, cfg.predictor_heads).to(device)
+    blocks, width = (2, 128) if cfg.model == "tiny" and not cfg.init else (3, 0)
+    model = MaskedAudioModel(encoder, tokenizer.n_codes, cfg.predictor_blocks or blocks, cfg.predictor_dim or width, cfg.predictor_heads).to(device)
     optimizer = common.make_optimizer(model, cfg.lr, cfg.weight_decay)
     step, place, before = 0, (0, 0), None
     if ckpt:

@@ -5,7 +5,7 @@ set -e
 RUN="torchrun --nproc_per_node ${GPUS:-8}"
 COMMON="--data $1 --crop_seconds 0 --device_seconds 350 --max_steps 400000 --warmup_steps 32000 --weight_decay 0.01 --workers 4 --compile
         --eval_every 5000 --save_every 5000 --log_every 100"
-MAM="--model base --predictor_blocks 3 --predictor_dim 0 --predictor_heads 0 --batch_seconds 5600 --lr 5e-4"
+MAM="--model base --batch_seconds 5600 --lr 5e-4"
 $RUN train_mam.py --iter 1 $COMMON $MAM
 for K in 2 3; do
     $RUN train_tokenizer.py --iter $K $COMMON --batch_seconds 1400 --lr 5e-5

@@ -90,6 +90,13 @@ def test_released_files_are_starts_teachers_and_tokenizers(golden, official, rag
     finetune.main(init=str(official("encoder")), fold="1", **out)
     assert load(tmp_path / "finetune_ragged_fold1.pt").encoder.cfg.fbank_mean == 15.41663      # the encoder's own statistics stay
 
+def test_one_clip_is_enough_to_start(tmp_path, write_wav):
+    import data
+    write_wav("one/a.wav", 0.1 * np.random.default_rng(0).standard_normal(64000))
+    data.main(["folder", str(tmp_path / "one"), "--out", str(tmp_path / "pack")])
+    result = train_mam.main(data=str(tmp_path / "pack"), out_dir=str(tmp_path), max_steps=2, **FAST)     # nothing to hold out
+    assert np.isnan(result["valid_loss"]) and result["step"] == 2
+
 # ---- resuming
 
 def resume_is_exact(main, name, tmp_path, **flags):
