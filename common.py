@@ -53,6 +53,12 @@ def run(main, Config, doc):
         if dist.is_initialized():
             dist.destroy_process_group()
 
+def positive(cfg, *names):
+    """UserError unless these fields are above zero."""
+    for name in names:
+        if getattr(cfg, name) <= 0:
+            raise UserError(f"--{name} {getattr(cfg, name)}: has to be above 0")
+
 # -----------------------------------------------------------------------------
 # ranks and devices
 
@@ -62,15 +68,18 @@ def setup(device="auto", seed=0):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this torch sees no GPU; use --device cpu")
-    if "RANK" in os.environ:
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if seed < 0:
+        raise UserError(f"--seed {seed}: seeds are not negative")
+    if "RANK" in os.environ and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32 where float32 is left
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
     torch.manual_seed(seed)
     return rank(), world(), device
 
@@ -93,7 +102,7 @@ def barrier():
 def autocast(device, dtype="auto"):
     """Mixed precision: bfloat16 where the machine is fast at it (GPU, AMX), else float32. Weights stay float32."""
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
@@ -125,6 +134,13 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.98), times=lambda name
             groups.setdefault((decay, times(name)), []).append(p)
     return torch.optim.AdamW([dict(params=params, weight_decay=decay, times=factor, lr=lr * factor)
                               for (decay, factor), params in groups.items()], lr=lr, betas=betas, fused=True)
+
+def load_optimizer(optimizer, state):
+    """Moments from a checkpoint; weight decay and factors as the flags say now."""
+    now = [{key: group[key] for key in ("weight_decay", "times")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, options in zip(optimizer.param_groups, now):
+        group.update(options)
 
 def lr_at(step, peak, warmup, total, schedule="linear"):
     """Learning rate of 0-based step: linear warm-up to peak, then linear or cosine decay to 0 at `total`."""
@@ -159,13 +175,14 @@ def read_training(path):
 
 def keep_old(path):
     """A new run never overwrites an old result: an existing file moves to the next free .1, .2, ..."""
-    path = Path(path)
-    if rank() == 0 and path.exists():
-        n = next(n for n in range(1, 10**6) if not path.with_suffix(f".{n}{path.suffix}").exists())
-        for suffix in (path.suffix, ".jsonl"):
-            if path.with_suffix(suffix).exists():
-                os.replace(path.with_suffix(suffix), path.with_suffix(f".{n}{suffix}"))
-        print(f"kept the earlier {path} as {path.with_suffix(f'.{n}{path.suffix}')} (--resume continues a run)")
+    files = [Path(path), Path(path).with_suffix(".jsonl")]
+    if rank() == 0 and any(file.exists() for file in files):
+        new = lambda file, n: file.with_suffix(f".{n}{file.suffix}")
+        n = next(n for n in range(1, 10**6) if not any(new(file, n).exists() for file in files))
+        for file in files:
+            if file.exists():
+                os.replace(file, new(file, n))
+        print(f"kept the earlier {path} as {new(files[0], n)} (--resume continues a run)")
     barrier()
 
 class Stop:
@@ -181,10 +198,10 @@ class Stop:
         self.signal = number
 
     def now(self, step, device):
-        """Did any rank get a signal? All ranks agree; with several ranks they ask each other every 10 steps."""
+        """Did any rank get a signal? All ranks agree; with several ranks they ask each other every 5 steps."""
         if world() == 1:
             return bool(self.signal)
-        return step % 10 == 0 and bool(all_sum(torch.tensor(float(self.signal), device=device)).item())
+        return step % 5 == 0 and bool(all_sum(torch.tensor(float(self.signal), device=device)).item())
 
     def close(self):
         for number, handler in self.old.items():

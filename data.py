@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +51,8 @@ def resample(x: np.ndarray, rate: int) -> np.ndarray:
     up, down = SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE), rate // math.gcd(rate, SAMPLE_RATE)
     cutoff = 0.95 * min(1.0, up / down)             # of the input's Nyquist frequency
     half = math.ceil(32 / cutoff)                   # 32 zero crossings on either side
+    if up * (2 * half + down) > 2e7:
+        raise UserError(f"a sampling rate of {rate} Hz needs soxr: pip install soxr")
     t = np.arange(-half, half + down + 1)[None] - np.arange(up)[:, None] * down / up        # (phase, tap), input samples
     kernel = cutoff * np.sinc(cutoff * t) * np.where(np.abs(t) < half, np.cos(np.pi * t / 2 / half)**2, 0)
     padded = F.pad(torch.from_numpy(x)[None, None], (half, half + down))
@@ -101,6 +104,8 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
     unknown = {label for row in rows for label in row["labels"]} - set(classes)
     if unknown:
         raise UserError(f"{len(unknown)} labels are not in the class list, {sorted(unknown)[0]!r} the first")
+    if any(";" in label for label in classes):
+        raise UserError(f"the class name {next(c for c in classes if ';' in c)!r} holds a semicolon, which separates labels; rename it")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -114,17 +119,19 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
         except UserError as error:
             return str(error)
 
-    index, skipped, shard, offset, f, digest = [], [], -1, SHARD_BYTES, None, hashlib.sha256()
+    index, skipped, rests, shard, offset, f, digest = [], [], 0, -1, SHARD_BYTES, None, hashlib.sha256()
     longest = int(max_seconds * SAMPLE_RATE)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:     # soundfile decodes outside the interpreter lock
-        chunks = (rows[i:i + 1000] for i in range(0, len(rows), 1000))
+        size = 8 * (workers or os.cpu_count())      # decoded ahead of the writing
+        chunks = (rows[i:i + size] for i in range(0, len(rows), size))
         clips = (clip for chunk in chunks for clip in pool.map(decode, chunk))
         for number, clip in enumerate(tqdm(clips, total=len(rows), desc=f"packing {out.name}", unit="file", disable=None)):
             if isinstance(clip, str):
                 skipped.append({"path": rows[number]["path"], "reason": clip})
                 continue
             for piece in (clip[i:i + longest] for i in range(0, len(clip), longest)):
-                if len(piece) < MIN_SAMPLES:        # a rest after cutting
+                if len(piece) < MIN_SAMPLES:        # a rest after cutting, less than a patch
+                    rests += 1
                     continue
                 if offset + len(piece) > SHARD_BYTES // 2:
                     shard, offset = shard + 1, 0
@@ -145,7 +152,7 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
         table.writerow(["path", "labels", "split", "group"])
         table.writerows([r["path"], ";".join(r["labels"]), r["split"], r["group"]] for r in rows)
     info = dict(version=1, source=str(source), classes=classes, clips=len(index),
-                hours=round(sum(i[2] for i in index) / SAMPLE_RATE / 3600, 4), audio_sha256=digest.hexdigest(), skipped=skipped)
+                hours=round(sum(i[2] for i in index) / SAMPLE_RATE / 3600, 4), audio_sha256=digest.hexdigest(), skipped=skipped, rests_dropped=rests)
     (partial / "pack.json").write_text(json.dumps(info))
     mean, std, used = fbank_stats(Pack(partial))
     info |= dict(fbank_mean=mean, fbank_std=std, fbank_clips=used)
@@ -185,6 +192,9 @@ class Pack:
             if size != due:
                 raise UserError(f"{name}: {size} bytes instead of {due}; the pack is damaged, pack {self.info['source']} again")
             self.shards.append(np.memmap(name, "<i2", "r"))
+
+    def __reduce__(self):               # a worker process opens the files itself
+        return Pack, (str(self.path),)
 
     def __len__(self):
         return len(self.index)
@@ -277,11 +287,13 @@ def epoch_batches(samples, batch_samples, key, subsets=None, weights=None, multi
     seconds = sum(samples[s].sum(dtype=np.int64) for s in subsets)
     order, due = [], []
     for p, subset in enumerate(subsets):        # every clip gets the time it is due at; packs advance in step
-        times = max(1, math.ceil(weights[p] * seconds / samples[subset].sum(dtype=np.int64))) if weights is not None else 1
+        due_seconds = weights[p] * seconds if weights is not None else 0
+        times = max(1, math.ceil(due_seconds / samples[subset].sum(dtype=np.int64)))
         clips = np.concatenate([rng.permutation(subset) if shuffle else subset for _ in range(times)])
         time = np.cumsum(samples[clips], dtype=np.float64)
         if weights is not None:
-            clips, time = clips[time <= weights[p] * seconds * (1 + 1e-9)], time[time <= weights[p] * seconds * (1 + 1e-9)]
+            n = max(1, np.searchsorted(time, due_seconds * (1 + 1e-9), side="right"))
+            clips, time = clips[:n], time[:n]
         order.append(clips)
         due.append(time / time[-1])
     order = np.concatenate(order)[np.argsort(np.concatenate(due), kind="stable")]
@@ -321,8 +333,13 @@ class Stream(torch.utils.data.Sampler):
         epoch, number = start
         return (epoch, number + 1) if number + 1 < len(self.plan(epoch)) else (epoch + 1, 0)
 
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM reach the workers too; it is the training process that decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
 def loader(dataset, batches, workers=0):
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_signals,
                                        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
 def to_device(batch, device):
@@ -459,7 +476,8 @@ def rows_from_csv(table, root=None, columns=None, keep=None):
         if (get("path"), start, end) in seen:
             raise UserError(f"{table}, line {number}: {get('path')} stands there twice")
         seen.add((get("path"), start, end))
-        labels = [label.strip() for label in get("label").replace(",", ";").split(";") if label.strip()]
+        separator = ";" if ";" in get("label") else ","
+        labels = [label.strip() for label in get("label").split(separator) if label.strip()]
         rows.append(dict(path=get("path"), labels=labels, split=get("split"), group=get("group"),
                          file=root / get("path"), start=start, end=end))
     if keep:
@@ -513,7 +531,8 @@ def main(argv=None):
         print(f"{args.pack}: {len(pack)} clips of {pack.samples.min() / SAMPLE_RATE:.2f} to {pack.samples.max() / SAMPLE_RATE:.2f} s, "
               f"{pack.info['hours']:.2f} h from {pack.info['source']}\nfbank mean {pack.info['fbank_mean']:.5f} std "
               f"{pack.info['fbank_std']:.5f} over {pack.info['fbank_clips']} clips\nsplits: {counts(split)}\n{len(np.unique(group))} groups\n"
-              f"classes: {counts([pack.classes[c] for row in labels for c in row]) or '(none)'}\n{len(pack.info['skipped'])} files skipped")
+              f"classes: {counts([pack.classes[c] for row in labels for c in row]) or '(none)'}\n{len(pack.info['skipped'])} files skipped, "
+              f"{pack.info['rests_dropped']} rests of under 0.175 s left out when cutting long files")
         for item in pack.info["skipped"]:
             print("  " + item["reason"])
 

@@ -12,6 +12,7 @@ have several labels. Writes out/finetune_<pack>[_fold<k>].pt, readable by model.
 """
 import contextlib
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +70,9 @@ def splits_of(pack, test_split="", fold=""):
     labels, split, _ = pack.table()
     if not pack.classes:
         raise UserError(f"{pack.path} has no labels; pack it with a label column (python data.py csv --help)")
-    targets = torch.zeros(len(pack), len(pack.classes))
+    targets = torch.zeros(len(pack), len(pack.classes), dtype=torch.bool)
     for row, classes in zip(targets, labels):
-        row[classes] = 1
+        row[classes] = True
     names = set(split)
     if all(name.isdigit() for name in names) and len(names) > 1:
         wanted = fold.split(",") if fold else sorted(names, key=int)
@@ -83,6 +84,10 @@ def splits_of(pack, test_split="", fold=""):
         raise UserError(f"{pack.path} has the splits {', '.join(sorted(names)) or '(none)'}; training needs train and test, or folds 1, 2, ...")
     return {"": (np.flatnonzero(split == "train"), np.flatnonzero(split == test))}, targets
 
+def has_several(targets):
+    """Not exactly one label per clip: scores are then mAP."""
+    return bool((targets.sum(1) != 1).any())
+
 def average_precision(scores, truth):
     """Area under the precision-recall steps of one class, ties taken together. scores, truth: (n,); nan without positives."""
     order = np.argsort(-scores, kind="stable")
@@ -93,18 +98,18 @@ def average_precision(scores, truth):
         return np.nan
     return float((np.diff(hits, prepend=0) / hits[-1] * hits / (last + 1)).sum())
 
-def score(scores, targets):
-    """Accuracy for one label per clip, else mean average precision over classes that occur. (n, K) each."""
-    if (targets.sum(1) == 1).all():
-        return (scores.argmax(1) == targets.argmax(1)).double().mean().item()
-    scores, targets = scores.double().numpy(), targets.numpy()
+def score(scores, targets, multilabel):
+    """Accuracy, or with several labels per clip mean average precision over the classes that occur. (n, K) each."""
+    if not multilabel:
+        return (scores.argmax(1) == targets.float().argmax(1)).double().mean().item()
+    scores, targets = scores.double().numpy(), targets.numpy().astype(int)
     return float(np.nanmean([average_precision(s, t) for s, t in zip(scores.T, targets.T)]))
 
-def gather_clips(clips, values, n):
-    """Rows of all ranks in clip order: clips (m,), values (m, K) of this rank -> (n, K) with zeros for absent clips."""
-    full = torch.zeros(n, values.shape[1], device=values.device)
-    full[clips] = values
-    return all_sum(full)
+def gather_clips(clips, values, which):
+    """Rows of all ranks: clips (m,) numbers and values (m, K) of this rank -> (len(which), K), in the order of which (ascending)."""
+    full = torch.zeros(len(which), values.shape[1], device=values.device)
+    full[torch.from_numpy(np.searchsorted(which, clips.numpy())).to(values.device)] = values
+    return all_sum(full).cpu()
 
 def clip_batches(clips, which, batch_seconds, rank=0, world=1):
     batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), [which], shuffle=False)
@@ -135,7 +140,7 @@ def extract(encoder, pack, which, device, dtype="auto", layers="last"):
     encoder.train(training)
     width = encoder.cfg.dim * (1 if layers == "last" else 2 * (encoder.cfg.layers + 1))
     values = torch.cat(rows) if rows else torch.zeros(0, width, device=device)
-    return gather_clips(torch.cat(index).to(device) if index else torch.zeros(0, dtype=torch.long, device=device), values, len(pack))[which].cpu()
+    return gather_clips(torch.cat([torch.zeros(0, dtype=torch.long), *index]), values, which)
 
 def fit_linear(x, y, penalty, multilabel=False):
     """Multinomial logistic regression (or one per class) by L-BFGS: minimises the mean loss + penalty / 2 |W|^2. -> (D + 1, K)"""
@@ -152,23 +157,24 @@ def fit_linear(x, y, penalty, multilabel=False):
     solver.step(closure)
     return weights.detach()
 
-def linear_probe(x, y, x_test, y_test):
+def linear_probe(x, y, x_test, y_test, multilabel=False):
     """Score of a linear classifier on standardised features; its penalty is chosen on a fifth of the training clips."""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    multilabel = not (y.sum(1) == 1).all()
+    y, y_test = y.float(), y_test.float()
     held = torch.arange(len(x)) % 5 == 0
     held = held[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
     apply = lambda weights, x: (F.pad(x.double(), (0, 1), value=1.0) @ weights).float()
     penalty = max((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-                  key=lambda p: score(apply(fit_linear(x[~held], y[~held], p, multilabel), x[held]), y[held]))
-    return score(apply(fit_linear(x, y, penalty, multilabel), x_test), y_test)
+                  key=lambda p: score(apply(fit_linear(x[~held], y[~held], p, multilabel), x[held]), y[held], multilabel))
+    return score(apply(fit_linear(x, y, penalty, multilabel), x_test), y_test, multilabel)
 
 def probe(encoder, pack, device, dtype="auto", layers="last", test_split="", fold=""):
     """Mean score of a linear classifier on the frozen encoder's clip features, over the pack's folds."""
     splits, targets = splits_of(pack, test_split, fold)
     x = extract(encoder, pack, np.arange(len(pack)), device, dtype, layers)
-    return float(np.mean([linear_probe(x[train], targets[train], x[test], targets[test]) for train, test in splits.values()]))
+    several = has_several(targets)
+    return float(np.mean([linear_probe(x[train], targets[train], x[test], targets[test], several) for train, test in splits.values()]))
 
 # -----------------------------------------------------------------------------
 # fine-tuning
@@ -201,14 +207,15 @@ def evaluate(model, clips, which, targets, cfg, device):
     """Logits of all test clips, each seen by exactly one rank -> (score, mean loss)."""
     model.eval()
     rows, index = [torch.zeros(0, targets.shape[1], device=device)], [torch.zeros(0, dtype=torch.long)]
-    for batch in data.loader(clips, clip_batches(clips, which, cfg.batch_seconds, common.rank(), common.world())):
+    seconds = min(cfg.batch_seconds / common.world(), cfg.device_seconds or math.inf)
+    for batch in data.loader(clips, clip_batches(clips, which, seconds, common.rank(), common.world())):
         index.append(batch["clip"])
         batch = data.to_device(batch, device)
         with autocast(device, cfg.dtype):
             rows.append(model.logits(batch["wav"], batch["lengths"]).float())
     model.train()
-    logits = gather_clips(torch.cat(index).to(device), torch.cat(rows), len(targets))[which].cpu()
-    return dict(test_score=score(logits, targets[which]), test_loss=(classification_loss(logits, targets[which], cfg) / len(which)).item())
+    logits, truth = gather_clips(torch.cat(index), torch.cat(rows), which), targets[which].float()
+    return dict(test_score=score(logits, truth, has_several(targets)), test_loss=(classification_loss(logits, truth, cfg) / len(which)).item())
 
 def finetune(cfg, flags, pack, fold, train, test, targets):
     """Train on the clips `train`, return the last step's score on `test`."""
@@ -218,10 +225,12 @@ def finetune(cfg, flags, pack, fold, train, test, targets):
     if cfg.resume and Path(path).exists():
         ckpt = common.read_training(path)
         cfg = Config(**{**ckpt["config"], **flags})
-        if ckpt["step"] >= cfg.max_steps:
+        for key in ("data", "test_split"):
+            if key not in flags and getattr(cfg, key) != getattr(Config(**flags), key):
+                raise UserError(f"{path} was begun with --{key} {getattr(cfg, key)}; type it again to resume")
+        if ckpt["step"] >= cfg.max_steps and ckpt["result"]:
             return ckpt["result"]
-    multilabel = bool((targets.sum(1) != 1).any())
-    cfg = dataclasses.replace(cfg, loss=("bce" if multilabel else "ce") if cfg.loss == "auto" else cfg.loss)
+    cfg = dataclasses.replace(cfg, loss=("bce" if has_several(targets) else "ce") if cfg.loss == "auto" else cfg.loss)
     log = common.Log(path.replace(".pt", ".jsonl"))
 
     # model
@@ -240,7 +249,7 @@ def finetune(cfg, flags, pack, fold, train, test, targets):
     step, place = 0, (0, 0)
     if ckpt:
         model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        common.load_optimizer(optimizer, ckpt["optimizer"])
         step, place = ckpt["step"], tuple(ckpt["place"])
     else:
         common.keep_old(path)
@@ -264,7 +273,7 @@ def finetune(cfg, flags, pack, fold, train, test, targets):
         for group in optimizer.param_groups:
             group["lr"] = group["times"] * common.lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps, "cosine")
         batch = next(batches)
-        truth = targets[batch["clip"]].to(device)
+        truth = targets[batch["clip"]].float().to(device)
         batch = data.to_device(batch, device)
         wav, lengths, truth = augment(batch, truth, cfg, generator)
         size = max(1, int(cfg.device_seconds * data.SAMPLE_RATE // wav.shape[1])) if cfg.device_seconds else len(wav)
@@ -288,18 +297,18 @@ def finetune(cfg, flags, pack, fold, train, test, targets):
             loss, correct, n = all_sum(window).tolist()
             log(step=done, loss=loss / n, accuracy=correct / n, lr=optimizer.param_groups[0]["lr"], x_realtime=seen / (time.time() - began), epoch=place[0])
             window, seen, began = torch.zeros_like(window), 0.0, time.time()
-        stopping = stop.now(done, device)
-        if done % cfg.eval_every == 0 or done == cfg.max_steps:
-            result = evaluate(model, clips, test, targets, cfg, device)
-            log(step=done, **result)
-            began = time.time()
-        if done % cfg.save_every == 0 or done == cfg.max_steps or stopping:
-            step = done
+        paused, step = time.time(), done
+        if stop.now(done, device):
             save()
-        if stopping:
             stop.close()
             log(f"stopped at step {done}, saved in {path}; go on with --resume")
             raise SystemExit(0)
+        if done % cfg.eval_every == 0 or done == cfg.max_steps:
+            result = evaluate(model, clips, test, targets, cfg, device)
+            log(step=done, **result)
+        if done % cfg.save_every == 0 or done == cfg.max_steps:
+            save()
+        began += time.time() - paused
     stop.close()
     return result
 
@@ -307,10 +316,11 @@ def main(**flags):
     cfg = Config(**flags)
     if not cfg.data:
         raise UserError("--data PACK is missing: a labelled pack, made with python data.py")
+    common.positive(cfg, "batch_seconds", "max_steps", "log_every", "eval_every", "save_every")
     rank, world, device = common.setup(cfg.device, cfg.seed)
     pack = data.Pack(cfg.data)
     splits, targets = splits_of(pack, cfg.test_split, cfg.fold)
-    measure = "accuracy" if (targets.sum(1) == 1).all() else "mAP"
+    measure = "mAP" if has_several(targets) else "accuracy"
     scores = {}
     if cfg.freeze:
         torch.manual_seed(cfg.seed)
@@ -318,7 +328,8 @@ def main(**flags):
                    if cfg.init == "scratch" else load(cfg.init))
         encoder = (encoder.encoder if isinstance(encoder, Classifier) else encoder).to(device)
         x = extract(encoder, pack, np.arange(len(pack)), device, cfg.dtype, cfg.layers)
-        scores = {k: linear_probe(x[train], targets[train], x[test], targets[test]) for k, (train, test) in splits.items()}
+        several = has_several(targets)
+        scores = {k: linear_probe(x[train], targets[train], x[test], targets[test], several) for k, (train, test) in splits.items()}
     else:
         for k, (train, test) in splits.items():
             scores[k] = finetune(cfg, flags, pack, k, train, test, targets)["test_score"]

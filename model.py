@@ -133,7 +133,7 @@ def windows(wav, seconds=10.0, hop=5.0):
     starts = torch.arange(0, max(1, len(wav) - size + step), step)
     lengths = (len(wav) - starts).clamp(max=size)
     padded = F.pad(wav, (0, max(0, int(starts[-1]) + size - len(wav))))
-    return torch.stack([padded[s:s + size] for s in starts])[:, :int(lengths.max())], lengths, starts
+    return padded.unfold(0, size, step)[:, :int(lengths.max())], lengths, starts       # a view, also of a day
 
 # -----------------------------------------------------------------------------
 # encoder
@@ -668,6 +668,7 @@ def export_program(model):
     B, n = torch.export.Dim("B", max=4096), torch.export.Dim("n", min=MIN_SAMPLES + PATCH * HOP, max=600 * SAMPLE_RATE)
     example = (torch.zeros(3, 20000), torch.tensor([20000, 9000, 3000]))
     device = next(model.parameters()).device
+    _on(device)         # constants are made before tracing
     with torch.no_grad():
         return torch.export.export(_FromWaveform(model.eval()), tuple(x.to(device) for x in example),
                                    dynamic_shapes=({0: B, 1: n}, {0: B}), prefer_deferred_runtime_asserts_over_guards=True)
@@ -675,27 +676,32 @@ def export_program(model):
 # -----------------------------------------------------------------------------
 # command line
 
-def sound_files(paths):
-    """Files, and the audio files below folders, in order."""
+def sound_files(paths, out):
+    """(file, .npy beside it or in out) for files and all audio files below folders; a folder's tree is kept in out."""
     from data import SUFFIXES
     found = []
     for path in map(Path, paths):
-        found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        root = path if path.is_dir() else path.parent
+        found += [(file, (Path(out) / file.relative_to(root) if out else file).with_suffix(".npy")) for file in files]
+    targets = [target for _, target in found]
+    twice = next((t for t in targets if targets.count(t) > 1), None) if len(set(targets)) < len(targets) else None
+    if twice:
+        raise CheckpointError(f"several sounds would be written to {twice}; name folders, or one file at a time")
     return found
 
 def for_each_sound(paths, out, window, hop, use):
     """use(wav (W, n), lengths, starts in seconds, target .npy path) for the windows of each file; bad files are named and left out."""
     from tqdm import tqdm
     from data import read_audio
-    files, bad = sound_files(paths), 0
-    for path in tqdm(files, unit="file", disable=None if len(files) > 1 else True):
+    files, bad = sound_files(paths, out), 0
+    for path, target in tqdm(files, unit="file", disable=None if len(files) > 1 else True):
         try:
             wav, lengths, starts = windows(torch.from_numpy(read_audio(path)), window, hop)
         except ValueError as error:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             bad += 1
             continue
-        target = (Path(out) / path.name if out else path).with_suffix(".npy")
         target.parent.mkdir(parents=True, exist_ok=True)
         use(path, wav, lengths, starts / SAMPLE_RATE, target)
     if not files or bad == len(files):

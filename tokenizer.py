@@ -11,7 +11,6 @@ Acoustic tokenizers: which of 1,024 labels does each 16x16 patch have?
 import argparse
 import dataclasses
 import hashlib
-import math
 import os
 import sys
 
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 import data
 from common import UserError, all_sum, autocast, barrier, rank, setup, world
-from model import (BANDS, LOG_FLOOR, PATCH, PRESETS, Block, CheckpointError, Encoder, EncoderConfig, RelativeBias,
+from model import (BANDS, LOG_FLOOR, PATCH, Block, CheckpointError, Encoder, EncoderConfig, RelativeBias,
                    encoder_from_official, encoder_to_official, fbank, for_each_sound, key_padding_bias, num_tokens, patchify,
                    prepare_clips, read_checkpoint, valid_tokens)
 
@@ -147,16 +146,16 @@ class Codebook(nn.Module):
         means = torch.where(counts[:, None] > 0, F.normalize(sums / counts.clamp(min=1)[:, None], dim=-1), self.weight)
         self.weight.copy_(F.normalize(self.decay * self.weight + (1 - self.decay) * means, dim=-1))
         self.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
-        dead = self.cluster_size < revive * counts.sum() / K
-        if revive and dead.any():
+        dead = (self.cluster_size < revive * counts.sum() / K).nonzero().flatten()
+        if len(dead):
             candidates = gather_rows(z[torch.randperm(len(z), device=z.device)[:K]])
             chosen = candidates[torch.randperm(len(candidates), device=z.device)[:K]]
             if world() > 1:
                 dist.broadcast(chosen, 0)
-            dead = dead.nonzero().flatten()[:len(chosen)]
+            dead = dead[:len(chosen)]
             self.weight[dead] = chosen[:len(dead)]
             self.cluster_size[dead] = counts.sum() / K
-        return int(dead.sum()) if dead.dtype == torch.bool else len(dead)
+        return len(dead)
 
 def gather_rows(x):
     """(n_r, d) on each rank r -> (sum n_r, d) on all."""
@@ -266,14 +265,18 @@ def token_offsets(pack):
     """Where each clip's tokens begin in the pack's token file: (clips + 1,)."""
     return np.concatenate([[0], np.cumsum(num_tokens(torch.from_numpy(pack.samples.astype(np.int64))).numpy())])
 
-def token_id(tok, pack):
-    """Hash of everything the tokens depend on: the tokenizer's weights and configuration, the pack's audio and index."""
+def tokenizer_hash(tok) -> str:
+    """Of its weights and configuration."""
     h = hashlib.sha256(repr(tokenizer_state(tok)["tokenizer"]).encode())
     if isinstance(tok, SelfDistilledTokenizer):
         h.update(repr(tok.encoder.cfg).encode())
     for name, tensor in tok.state_dict().items():
         h.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    h.update(pack.index.tobytes() + pack.info["audio_sha256"].encode())
+    return h.hexdigest()[:16]
+
+def token_id(tok, pack) -> str:
+    """Hash of everything the tokens depend on: the tokenizer, the pack's audio and its index."""
+    h = hashlib.sha256(tokenizer_hash(tok).encode() + pack.index.tobytes() + pack.info["audio_sha256"].encode())
     return h.hexdigest()[:16]
 
 @torch.no_grad()
@@ -282,12 +285,14 @@ def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
     offsets = token_offsets(pack)
     path = pack.path / f"tokens-{token_id(tok, pack)}.bin"
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        if rank() == 0:
-            with open(partial, "wb") as f:
-                f.truncate(2 * int(offsets[-1]))
-        barrier()
-        out = np.memmap(partial, "<u2", "r+")
+        name = [f"{path.stem}.{os.getpid()}.partial"]      # of this job: another may be at the same tokens
+        if world() > 1:
+            dist.broadcast_object_list(name, 0, device=device if device.type == "cuda" else None)
+        partial = path.with_name(name[0])
+        try:
+            out = os.open(partial, os.O_WRONLY | os.O_CREAT)
+        except OSError as error:
+            raise UserError(f"{partial}: cannot be written ({error.strerror}); tokens are kept beside the audio of a pack") from None
         clips = data.Clips([pack])
         batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), shuffle=False)[rank()::world()]
         items = [[(i,) for i in batch] for batch in batches]
@@ -296,8 +301,9 @@ def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
             with autocast(device, dtype):
                 codes = tok.encode(batch["wav"], batch["lengths"]).cpu().numpy()
             for clip, row in zip(batch["clip"].tolist(), codes):
-                out[offsets[clip]:offsets[clip + 1]] = row[:offsets[clip + 1] - offsets[clip]]
-        out.flush()
+                os.pwrite(out, row[:offsets[clip + 1] - offsets[clip]].astype("<u2").tobytes(), 2 * offsets[clip])
+        os.fsync(out)
+        os.close(out)
         barrier()
         if rank() == 0:
             os.replace(partial, path)
@@ -309,8 +315,8 @@ def code_use(counts):
     counts = torch.as_tensor(counts, dtype=torch.float64)
     entropy = lambda p: -(p * p.clamp(min=1e-300).log()).sum(-1)
     total, bands = counts.sum(0), counts.sum(-1)
-    return dict(codes_used=int((total > 0).sum()), perplexity=entropy(total / total.sum()).exp().item(),
-                entropy_given_band=(entropy(counts / bands.clamp(min=1)[:, None]) * bands).sum().item() / bands.sum().item())
+    return dict(codes_used=int((total > 0).sum()), perplexity=entropy(total / total.sum().clamp(min=1)).exp().item(),
+                entropy_given_band=(entropy(counts / bands.clamp(min=1)[:, None]) * bands).sum().item() / max(bands.sum().item(), 1))
 
 @torch.inference_mode()
 def main(argv=None):

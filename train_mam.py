@@ -26,9 +26,9 @@ from tqdm import tqdm
 import common
 import data
 import finetune
-from common import UserError, all_sum, autocast, rank
-from model import BANDS, PRESETS, Classifier, Encoder, MaskedAudioModel, fbank, load, patchify, take, valid_tokens
-from tokenizer import RandomProjectionTokenizer, cached_tokens, code_use, is_silent, load_tokenizer, tokenizer_state
+from common import UserError, all_sum, autocast
+from model import BANDS, PRESETS, Classifier, Encoder, EncoderConfig, MaskedAudioModel, fbank, load, patchify, valid_tokens
+from tokenizer import RandomProjectionTokenizer, cached_tokens, code_use, is_silent, load_tokenizer, tokenizer_hash, tokenizer_state
 
 @dataclass
 class Config:
@@ -114,6 +114,7 @@ def main(**flags):
     if cfg.resume:
         ckpt = common.read_training(path)
         cfg = Config(**{**ckpt["config"], **flags})
+    common.positive(cfg, "iter", "batch_seconds", "max_steps", "log_every", "eval_every", "save_every")
     rank, world, device = common.setup(cfg.device, cfg.seed)
     log = common.Log(path.replace(".pt", ".jsonl"))
 
@@ -126,7 +127,7 @@ def main(**flags):
     crop = rows * data.ROW + data.FRAME - data.HOP if rows else 0
     train, valid = data.hold_out(packs, seed=cfg.seed)
     clips = data.Clips(packs, crop)
-    plan = lambda epoch: data.epoch_batches(clips.samples, cfg.batch_seconds * data.SAMPLE_RATE + crop - rows * data.ROW,
+    plan = lambda epoch: data.epoch_batches(clips.samples, cfg.batch_seconds * data.SAMPLE_RATE * (crop / (rows * data.ROW) if rows else 1),
                                             (cfg.seed, epoch), train, weights, multiple=world)
     fixed = lambda *args: data.fixed_batches(clips, args[0], min(cfg.batch_seconds, 100.0 * world), cfg.seed, *args[1:])
     mine = slice(rank, None, world)
@@ -134,13 +135,18 @@ def main(**flags):
     # labels
     tokenizer_path = cfg.tokenizer or f"{cfg.out_dir}/tokenizer_iter{cfg.iter}.pt"
     if cfg.iter == 1 and not cfg.tokenizer and ckpt is None:
+        common.keep_old(tokenizer_path)
         tokenizer = RandomProjectionTokenizer(seed=cfg.seed)
-        tokenizer.fit_([(b["wav"].float() / 32768, b["lengths"]) for b in fixed(train, 20)])
+        if rank == 0:
+            sample = data.fixed_batches(clips, train, 100.0, cfg.seed, 20)
+            tokenizer.fit_([(b["wav"].float() / 32768, b["lengths"]) for b in sample])
         common.save_checkpoint(tokenizer_path, **tokenizer_state(tokenizer))
     if not os.path.exists(tokenizer_path):
         raise UserError(f"{tokenizer_path}: no such tokenizer; make it with: python train_tokenizer.py --iter {cfg.iter}"
                         + (f" --data {cfg.data}" if cfg.data else ""))
     tokenizer = load_tokenizer(tokenizer_path).to(device)
+    if ckpt and ckpt["tokenizer"] != tokenizer_hash(tokenizer):
+        raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with; put that one back, or name it with --tokenizer")
     if not isinstance(tokenizer, RandomProjectionTokenizer):        # a projection is cheap, an encoder is not
         clips.tokens, clips.align = [cached_tokens(tokenizer, pack, device) for pack in packs], data.ROW
 
@@ -152,14 +158,14 @@ def main(**flags):
         hours = weights if weights is not None else [pack.info["hours"] for pack in packs]
         stats = [np.average([pack.info[key] for pack in packs], weights=hours) for key in ("fbank_mean", "fbank_std")]
         shape = dataclasses.asdict(PRESETS[cfg.model]) | dict(fbank_mean=float(stats[0]), fbank_std=float(stats[1]))
-        encoder = Encoder(type(PRESETS[cfg.model])(**(ckpt["encoder"] if ckpt else shape)))
+        encoder = Encoder(EncoderConfig(**(ckpt["encoder"] if ckpt else shape)))
     blocks, width = (2, 128) if cfg.model == "tiny" and not cfg.init else (3, 0)
     model = MaskedAudioModel(encoder, tokenizer.n_codes, cfg.predictor_blocks or blocks, cfg.predictor_dim or width, cfg.predictor_heads).to(device)
     optimizer = common.make_optimizer(model, cfg.lr, cfg.weight_decay)
     step, place, before = 0, (0, 0), None
     if ckpt:
         model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        common.load_optimizer(optimizer, ckpt["optimizer"])
         step, place, before = ckpt["step"], tuple(ckpt["place"]), ckpt["probe"]
     else:
         common.keep_old(path)
@@ -172,7 +178,7 @@ def main(**flags):
 
     # frozen probe of the untrained encoder
     probe_pack = data.Pack(cfg.probe) if cfg.probe else None if cfg.data else packs[0]
-    if probe_pack and before is None:
+    if probe_pack and not ckpt:
         before = finetune.probe(model.encoder, probe_pack, device, cfg.dtype)
 
     # what can be known from the band alone, over a sample of the training data
@@ -190,9 +196,10 @@ def main(**flags):
     batches = iter(data.loader(clips, stream, cfg.workers))
     stop = common.Stop()
     model.train()
-    seen, window, began = 0.0, torch.zeros(3, dtype=torch.float64, device=device), time.time()
+    result, seen, window, began = {}, 0.0, torch.zeros(3, dtype=torch.float64, device=device), time.time()
     save = lambda: common.save_checkpoint(path, kind="mam", encoder=dataclasses.asdict(encoder.cfg), model=model.state_dict(),
-        optimizer=optimizer.state_dict(), step=step, place=place, config=dataclasses.asdict(cfg), probe=before)
+        optimizer=optimizer.state_dict(), step=step, place=place, config=dataclasses.asdict(cfg), probe=before,
+        tokenizer=tokenizer_hash(tokenizer))
     for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="train", disable=True if rank else None):
         common.seed_step(cfg.seed, step)
         for group in optimizer.param_groups:
@@ -219,22 +226,24 @@ def main(**flags):
             log(step=done, loss=loss / max(n, 1), accuracy=correct / max(n, 1), lr=optimizer.param_groups[0]["lr"],
                 x_realtime=seen / (time.time() - began), epoch=place[0])
             window, seen, began = torch.zeros_like(window), 0.0, time.time()
-        stopping = stop.now(done, device)
-        if done % cfg.eval_every == 0 or done == cfg.max_steps:
-            log(step=done, **evaluate(model, valid_batches, tokenizer, cfg, device), entropy_given_band=use["entropy_given_band"])
-            began = time.time()
-        if done % cfg.save_every == 0 or done == cfg.max_steps or stopping:
-            step = done
+        paused, step = time.time(), done
+        if stop.now(done, device):
             save()
-        if stopping:
             stop.close()
             log(f"stopped at step {done}, saved in {path}; go on with --resume")
             return dict(step=done)
+        if done % cfg.eval_every == 0 or done == cfg.max_steps:
+            result |= evaluate(model, valid_batches, tokenizer, cfg, device)
+            log(step=done, **result, entropy_given_band=use["entropy_given_band"])
+        if done % cfg.save_every == 0 or done == cfg.max_steps:
+            save()
+        began += time.time() - paused
     stop.close()
 
     # frozen probe of the trained encoder
-    result = dict(step=cfg.max_steps, **use, **evaluate(model, valid_batches, tokenizer, cfg, device))
+    result |= dict(step=step, **use)
     if probe_pack:
+        before = before if before is not None else math.nan
         result |= dict(probe_before=before, probe_after=finetune.probe(model.encoder, probe_pack, device, cfg.dtype))
         log(f"frozen linear probe on {probe_pack.path}: {100 * before:.1f} % before pre-training, {100 * result['probe_after']:.1f} % after")
     return result

@@ -16,7 +16,6 @@ import os
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -105,6 +104,7 @@ def main(**flags):
     if cfg.resume:
         ckpt = common.read_training(path)
         cfg = Config(**{**ckpt["config"], **flags})
+    common.positive(cfg, "codes", "code_dim", "estimator_blocks", "batch_seconds", "max_steps", "log_every", "eval_every", "save_every")
     rank, world, device = common.setup(cfg.device, cfg.seed)
     log = common.Log(path.replace(".pt", ".jsonl"))
 
@@ -122,7 +122,7 @@ def main(**flags):
     crop = rows * data.ROW + data.FRAME - data.HOP if rows else 0
     train, valid = data.hold_out(packs, seed=cfg.seed)
     clips = data.Clips(packs, crop)
-    plan = lambda epoch: data.epoch_batches(clips.samples, cfg.batch_seconds * data.SAMPLE_RATE + crop - rows * data.ROW,
+    plan = lambda epoch: data.epoch_batches(clips.samples, cfg.batch_seconds * data.SAMPLE_RATE * (crop / (rows * data.ROW) if rows else 1),
                                             (cfg.seed, epoch), train, weights, multiple=world)
 
     # model
@@ -140,7 +140,7 @@ def main(**flags):
     step, place = 0, (0, 0)
     if ckpt:
         model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        common.load_optimizer(optimizer, ckpt["optimizer"])
         step, place = ckpt["step"], tuple(ckpt["place"])
     else:
         common.keep_old(path)
@@ -162,14 +162,15 @@ def main(**flags):
         model.train()
         if cfg.centre:
             model.target_mean.copy_(all_sum(mean) / all_sum(n))
-        model.codebook.kmeans_start_(torch.cat(z))
+        z = torch.cat([*z, torch.zeros(0, cfg.code_dim, device=device)])       # a rank may have none
+        model.codebook.kmeans_start_(z[torch.randperm(len(z))[:200_000 // world].to(device)])
     ddp = common.wrap(model, device, cfg.compile)
 
     # training
     valid_batches = fixed(valid, None, 1, mine)
     stream = data.Stream(plan, cfg.seed, place, rank, world)
     batches = iter(data.loader(clips, stream, cfg.workers))
-    stop = common.Stop()
+    stop, result = common.Stop(), {}
     model.train()
     window, counts, revived = torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(cfg.codes, device=device), 0
     seen, began = 0.0, time.time()
@@ -186,11 +187,11 @@ def main(**flags):
         for i, part in enumerate(parts):
             with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else ddp.no_sync():
                 with autocast(device, cfg.dtype):
-                    patches, ok, target, _ = prepare(part, model.encoder, teacher)
+                    patches, ok, target, silent = prepare(part, model.encoder, teacher)
                     distance, commitment, part_z, part_codes = losses(ddp, patches, ok, target, model.target_mean)
                 ((distance + cfg.beta * commitment) * world / count).float().backward()     # DDP divides by world
-            z.append(part_z[ok])
-            codes.append(part_codes[ok])
+            z.append(part_z[ok & ~silent])          # silence is not worth codes
+            codes.append(part_codes[ok & ~silent])
             window += torch.stack([distance.detach(), commitment.detach(), ok.sum()])
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
@@ -210,20 +211,20 @@ def main(**flags):
                 log(f"WARNING: the codebook is collapsing, {use['codes_used']} of {cfg.codes} codes in use, perplexity {use['perplexity']:.1f}; "
                     "stop and try a lower --lr, a higher --revive or --from_teacher")
             window, counts, revived, seen, began = torch.zeros_like(window), torch.zeros_like(counts), 0, 0.0, time.time()
-        stopping = stop.now(done, device)
-        if done % cfg.eval_every == 0 or done == cfg.max_steps:
-            result = evaluate(model, teacher, valid_batches, cfg, device)
-            log(step=done, **result)
-            began = time.time()
-        if done % cfg.save_every == 0 or done == cfg.max_steps or stopping:
-            step = done
+        paused, step = time.time(), done
+        if stop.now(done, device):
             save()
-        if stopping:
             stop.close()
             log(f"stopped at step {done}, saved in {path}; go on with --resume")
             return dict(step=done)
+        if done % cfg.eval_every == 0 or done == cfg.max_steps:
+            result = evaluate(model, teacher, valid_batches, cfg, device)
+            log(step=done, **result)
+        if done % cfg.save_every == 0 or done == cfg.max_steps:
+            save()
+        began += time.time() - paused
     stop.close()
-    return dict(step=cfg.max_steps, **evaluate(model, teacher, valid_batches, cfg, device))
+    return dict(step=step, **result)
 
 if __name__ == "__main__":
     common.run(main, Config, __doc__)

@@ -63,6 +63,7 @@ def test_a_folder_becomes_a_pack(tmp_path, write_wav, capsys):
     pack = Pack(tmp_path / "pack")
     assert pack.classes == ["cat", "dog"] and pack.table()[0] == [[0], [1], [1], [1], [1]]
     assert pack.samples.tolist() == [4800, 16000, 160000, 160000, 80000]        # 25 s in three pieces
+    assert pack.info["rests_dropped"] == 0
     assert np.abs(pack.audio(1) / 32768 - sine(1)).max() < 1e-4
     assert np.array_equal(pack.audio(1, 100, 50), pack.audio(1)[100:150])
     assert [s["path"] for s in pack.info["skipped"]] == ["cat/text.wav", "cat/tiny.wav"]
@@ -163,6 +164,17 @@ def test_packs_get_their_share_of_the_seconds():
     order = np.concatenate(batches)
     assert samples[order][order < 300].sum() / samples[order].sum() == pytest.approx(0.25, abs=0.01)
     assert len(np.unique(order[order >= 300])) == 2000        # the small pack is gone through whole, several times
+
+def test_a_pack_with_a_tiny_share_is_not_lost():
+    samples = np.concatenate([np.full(100, 16000), np.full(5, 160000)])
+    order = np.concatenate(epoch_batches(samples, 800000, (0, 0), [np.arange(100), np.arange(100, 105)], [0.99, 0.01]))
+    assert (order >= 100).sum() == 1
+    assert epoch_batches(samples, 800000, (0, 0), [np.arange(0)]) == []
+
+def test_worker_processes_open_the_files_themselves(toy):
+    import pickle
+    pack = Pack(toy)
+    assert len(pickle.dumps(pack)) < 1000 and np.array_equal(pickle.loads(pickle.dumps(pack)).audio(3), pack.audio(3))
 
 def batches_of(toy, workers, start=(0, 0), count=7):
     clips = Clips([Pack(toy)], crop=41200)

@@ -96,6 +96,8 @@ def test_one_clip_is_enough_to_start(tmp_path, write_wav):
     data.main(["folder", str(tmp_path / "one"), "--out", str(tmp_path / "pack")])
     result = train_mam.main(data=str(tmp_path / "pack"), out_dir=str(tmp_path), max_steps=2, **FAST)     # nothing to hold out
     assert np.isnan(result["valid_loss"]) and result["step"] == 2
+    result = train_tokenizer.main(data=str(tmp_path / "pack"), out_dir=str(tmp_path), max_steps=2, **{**TOKENIZER, "codes": 8})
+    assert result["step"] == 2
 
 # ---- resuming
 
@@ -137,6 +139,21 @@ def test_a_new_run_keeps_the_old_result(toy, tmp_path, capsys):
         train_mam.main(data=toy, out_dir=str(tmp_path), max_steps=1, seed=seed, **FAST)
     assert content(tmp_path / "mam_iter1.1.pt")["config"]["seed"] == 1 and content(tmp_path / "mam_iter1.pt")["config"]["seed"] == 2
     assert "kept the earlier" in capsys.readouterr().out
+
+def test_resuming_with_another_tokenizer_is_refused(toy, tmp_path):
+    train_mam.main(data=toy, out_dir=str(tmp_path), max_steps=1, **FAST)
+    tokenizer = content(tmp_path / "tokenizer_iter1.pt")
+    tokenizer["model"]["codebook"][0] *= -1
+    torch.save(tokenizer, tmp_path / "tokenizer_iter1.pt")
+    with pytest.raises(UserError, match="is not the tokenizer that .* was trained with"):
+        train_mam.main(out_dir=str(tmp_path), resume=True, max_steps=2)
+
+def test_flags_typed_win_over_the_checkpoint(toy, tmp_path):
+    train_mam.main(data=toy, out_dir=str(tmp_path), max_steps=1, **FAST)
+    train_mam.main(out_dir=str(tmp_path), resume=True, max_steps=2, weight_decay=0.5, lr=7e-4)
+    ckpt = content(tmp_path / "mam_iter1.pt")
+    assert ckpt["config"]["predictor_dim"] == 32 and ckpt["config"]["lr"] == 7e-4
+    assert [g["weight_decay"] for g in ckpt["optimizer"]["param_groups"]] == [0.5, 0.0]
 
 # ---- several ranks
 
@@ -217,6 +234,7 @@ def run(script, *flags, cwd=None):
     ("train_mam.py", ["--itre", "2"], "unrecognized arguments: --itre"), ("train_mam.py", ["--model", "huge"], "invalid choice: 'huge'"),
     ("train_mam.py", ["--data", "nowhere"], "error: nowhere is not a pack"), ("train_mam.py", ["--resume"], "error: out/mam_iter1.pt: no such checkpoint"),
     ("train_tokenizer.py", [], "make it with: python train_mam.py --iter 1"), ("finetune.py", [], "--data PACK is missing"),
+    ("train_mam.py", ["--save_every", "0"], "--save_every 0: has to be above 0"), ("train_mam.py", ["--seed", "-1"], "seeds are not negative"),
     ("tokenizer.py", ["nowhere.pt", "--data", "x"], "error: nowhere.pt: no such checkpoint"), ("data.py", ["folder", "nowhere", "--out", "x"], "no such folder")])
 def test_mistakes_are_explained_in_one_line(script, flags, message, tmp_path):
     done = run(script, *flags, cwd=tmp_path)
@@ -243,15 +261,17 @@ def test_help_lists_every_flag_with_its_default(script):
         assert f"--{name}" in text and f"[{field.default!r}]" in text
     assert run(script, "--help").stdout.count("\n  --") == len(module.Config.__dataclass_fields__)
 
-def test_an_interrupt_saves_and_says_so(toy, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_interrupt_saves_and_says_so(toy, tmp_path, workers):
     process = subprocess.Popen([sys.executable, ROOT / "train_mam.py", "--data", toy, "--out_dir", tmp_path, "--max_steps", "100000", "--log_every", "1",
-                                "--batch_seconds", "8"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                                "--batch_seconds", "8", "--workers", str(workers)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     for line in process.stdout:
         if line.startswith("step 2 "):
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGTERM)      # as torchrun and a terminal do: to the data workers, too
             break
-    rest = process.stdout.read()
-    assert process.wait(60) == 0 and "go on with --resume" in rest
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "go on with --resume" in rest, error
     assert content(tmp_path / "mam_iter1.pt")["step"] >= 2 and not list(tmp_path.glob("*.partial"))
 
 # ---- small pieces
@@ -283,7 +303,7 @@ def test_average_precision_equals_its_definition():
         assert finetune.average_precision(scores, truth) == pytest.approx(expect, abs=1e-12)
     assert np.isnan(finetune.average_precision(scores, truth * 0))
     targets = torch.tensor([[1.0, 1, 0], [0, 1, 0], [1, 0, 0]])          # no positive of the third class: left out
-    assert finetune.score(torch.tensor([[0.9, 0.9, 0.1], [0.1, 0.8, 0.2], [0.8, 0.1, 0.1]]), targets) == 1.0
+    assert finetune.score(torch.tensor([[0.9, 0.9, 0.1], [0.1, 0.8, 0.2], [0.8, 0.1, 0.1]]), targets, multilabel=True) == 1.0
 
 def test_roll_and_mixup():
     cfg = finetune.Config(roll=True, mixup=0.8)
