@@ -437,8 +437,8 @@ def coloured(rng, n, centre, x=None, width=0.7):
     x = np.fft.irfft(spectrum * gain, n)
     return x / (np.sqrt((x**2).mean()) + 1e-9)
 
-def make_toy(out, clips=1200, seed=0):
-    """Ten classes of made sounds, 3 s each, one hour: 3/4 train, 1/4 test. A function of the seed."""
+def make_toy(out, clips=1600, seed=0):
+    """Ten classes of made sounds, 3 s each, 80 minutes: 3/4 train, 1/4 test. A function of the seed."""
     rows = [dict(path=f"toy-{i:05d}", labels=[TOY_CLASSES[i % 10]], split="test" if i % 40 < 10 else "train", group="", number=i)
             for i in range(clips)]
     return write_pack(out, rows, lambda row: toy_clip(np.random.default_rng([seed, row["number"]]), row["labels"][0]),
@@ -499,7 +499,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     toy = commands.add_parser("toy", help="built-in sounds of ten classes")
-    toy.add_argument("--clips", type=int, default=1200, help="3 s each [1200]")
+    toy.add_argument("--clips", type=int, default=1600, help="3 s each [1600]")
     toy.add_argument("--seed", type=int, default=0, help="[0]")
     table = commands.add_parser("csv", help="a table with a path column")
     table.add_argument("table")
