@@ -72,8 +72,8 @@ def fbank(wav: torch.Tensor) -> torch.Tensor:
                          "a single clip is wav[None], a stereo clip wav.mean(0)[None]")
     if wav.shape[1] < FRAME:
         raise ValueError(f"fbank needs at least {FRAME} samples (25 ms at 16 kHz), got {wav.shape[1]}; zero-pad the clip")
-    if wav.device.type == "cpu" and not torch.compiler.is_exporting() and len(wav) > 4:       # a few clips at a time stay in the cache: 3x faster
-        return torch.cat([fbank(part) for part in wav.split(4)])
+    if wav.device.type == "cpu" and not torch.compiler.is_exporting() and len(wav) > 4:
+        return torch.cat([fbank(part) for part in wav.split(4)])        # a few clips at a time stay in the cache: 3x faster
     with torch.autocast(wav.device.type, enabled=False):
         window, banks = _on(wav.device)
         x = (wav.float() * 2**15).unfold(1, FRAME, HOP)                         # (B, N, 400)
@@ -538,7 +538,7 @@ def load(path):
                          "tokenizers are loaded with tokenizer.load_tokenizer")
     return model.eval()
 
-# our name <-> official name; {i} is the block
+# our name -> official name, of the encoder and of a block
 _NAMES = {
     "patch.weight": "patch_embedding.weight",
     "ln_patch.weight": "layer_norm.weight", "ln_patch.bias": "layer_norm.bias",
