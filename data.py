@@ -1,24 +1,32 @@
 """
 Audio in, batches out. Any collection of sounds becomes a pack: one folder of int16, 16 kHz, mono samples.
 
-    python data.py toy --out packs/toy                                     # built-in sounds, made in seconds
-    python data.py csv meta.csv --root DIR --out packs/mine                # any table with a path column
-    python data.py folder DIR --out packs/mine                             # class per folder, or an unlabelled tree
-    python data.py stats packs/mine                                        # hours, classes, splits, fbank mean and std
+    python data.py folder DIR --out packs/mine                          # class per folder, or an unlabelled tree
+    python data.py csv meta.csv --root DIR --out packs/mine             # any table with a path column
+    python data.py esc50 ESC-50-master --out packs/esc50                # known data sets: audioset, esc50, speechcommands, iemocap
+    python data.py toy --out packs/toy                                  # built-in sounds
+    python data.py stats packs/mine                                     # hours, classes, splits, fbank mean and std
+    python data.py check packs/mine                                     # every clip against its checksum
 
 A pack: audio-00000.bin ... (clips end to end), index.npy (where each clip is), clips.csv (path, labels, split, group),
-pack.json (classes, hours, fbank statistics, skipped files with reasons). It appears under its name when it is whole.
+pack.json (classes, hours, fbank statistics, skipped files with reasons). It appears under its name when it is whole;
+a packing that was stopped or killed goes on where it was when the same command is typed again.
 """
 import argparse
+import collections
 import csv
+import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
 import sys
+import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,13 +36,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import recipes
+import toy
 from common import UserError
 from model import BANDS, FRAME, HOP, MIN_SAMPLES, PATCH, SAMPLE_RATE, fbank, num_tokens
 
 ROW = PATCH * HOP                   # samples from one patch row to the next
 SHARD_BYTES = 4 * 2**30
-SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf"}
-INDEX = np.dtype([("shard", "i4"), ("offset", "i8"), ("samples", "i4"), ("row", "i4")])     # row: line of clips.csv
+STRETCH = 600                       # seconds of a long file that are read at a time
+INDEX = np.dtype([("shard", "i4"), ("offset", "i8"), ("samples", "i4"), ("row", "i4"), ("crc", "u4")])      # row: line of clips.csv
 
 # -----------------------------------------------------------------------------
 # reading audio
@@ -68,14 +78,20 @@ def read_audio(path, start: float = 0.0, end: float | None = None) -> np.ndarray
             if not 0 <= first < last:
                 raise UserError(f"{path}: no audio between {start} s and {'the end' if end is None else f'{end} s'} "
                                 f"(the file has {f.frames / f.samplerate:.2f} s)")
-            f.seek(first)
-            x, rate = f.read(last - first, dtype="float32", always_2d=True).mean(1), f.samplerate
+            pieces, rate, stretch = [], f.samplerate, STRETCH * f.samplerate
+            for a in range(first, last, stretch):       # a long file by stretches, a second of context on either side
+                b = min(last, a + stretch)
+                low = max(first, a - rate)
+                f.seek(low)
+                x = f.read(min(last, b + rate) - low, dtype="float32", always_2d=True).mean(1)
+                if not np.isfinite(x).all():
+                    raise UserError(f"{path}: holds NaN or infinite samples")
+                skip = (a - low) // rate * SAMPLE_RATE
+                pieces.append(resample(x, rate)[skip:skip + math.ceil((b - a) * SAMPLE_RATE / rate)])
     except (soundfile.SoundFileError, RuntimeError, OSError) as error:
         reason = getattr(error, "error_string", str(error)).strip(". ") if os.path.exists(path) else "no such file"
         raise UserError(f"{path}: cannot be read as audio ({reason})") from None
-    if not np.isfinite(x).all():
-        raise UserError(f"{path}: holds NaN or infinite samples")
-    return resample(x, rate)
+    return np.concatenate(pieces)
 
 def pad_batch(clips: list) -> tuple[torch.Tensor, torch.Tensor]:
     """List of (n_i,) -> zero-padded (B, max n), lengths (B,)."""
@@ -91,79 +107,140 @@ def load_audio(paths) -> tuple[torch.Tensor, torch.Tensor]:
 # -----------------------------------------------------------------------------
 # packs
 
-def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, workers=None):
-    """Write a pack. rows: list of dicts with path, labels (list), split, group; read(row) -> (n,) float32 at 16 kHz.
+def in_order(function, items, workers):
+    """function(item) for all items by threads (decoders run outside the interpreter lock), in order, a few ahead of the reader."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead = collections.deque()
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 4 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    Clips longer than max_seconds are cut. A row whose read raises UserError, or that is shorter than one patch row
-    (0.175 s), is skipped and listed with its reason.
+def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, workers=None):
+    """Write a pack. rows: list of dicts with path, labels (list), split, group, ... (recipes.py); read(row) -> (n,) float32 at 16 kHz.
+
+    Clips longer than max_seconds (or the row's own) are cut. A row whose read raises UserError, or that is shorter than one
+    patch row (0.175 s), is skipped and listed with its reason. While it is made, the pack is out.partial, with a journal: a line per
+    row whose audio is safely on disk, [[samples, crc], ...] or the reason for skipping it. A packing that was killed goes on there.
     """
-    out = Path(out)
+    out, workers = Path(out), workers or os.cpu_count()
     if out.exists():
         raise UserError(f"{out} exists; remove it or choose another --out")
+    if max_seconds * SAMPLE_RATE < MIN_SAMPLES:
+        raise UserError(f"--max_seconds {max_seconds}: one patch takes 0.175 s")
     classes = sorted({label for row in rows for label in row["labels"]}) if classes is None else list(classes)
     unknown = {label for row in rows for label in row["labels"]} - set(classes)
     if unknown:
         raise UserError(f"{len(unknown)} labels are not in the class list, {sorted(unknown)[0]!r} the first")
     if any(";" in label for label in classes):
         raise UserError(f"the class name {next(c for c in classes if ';' in c)!r} holds a semicolon, which separates labels; rename it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
 
     def decode(row):
+        """[(int16 audio, crc), ...], or the reason why there is none. A rest after cutting, less than a patch, has crc None."""
         try:
-            x = read(row)
+            if "problem" in row:
+                raise UserError(row["problem"])
+            x = (read(row) * 32768).round().clip(-32768, 32767).astype("<i2")
             if len(x) < MIN_SAMPLES:
                 raise UserError(f"{row['path']}: {len(x) / SAMPLE_RATE:.3f} s is shorter than one patch (0.175 s)")
-            return (x * 32768).round().clip(-32768, 32767).astype("<i2")
+            longest = int(row.get("max_seconds", max_seconds) * SAMPLE_RATE)
+            pieces = [x[i:i + longest] for i in range(0, len(x), longest)]
+            return [(piece, zlib.crc32(piece) if len(piece) >= MIN_SAMPLES else None) for piece in pieces]
         except UserError as error:
             return str(error)
 
-    index, skipped, rests, shard, offset, f, digest = [], [], 0, -1, SHARD_BYTES, None, hashlib.sha256()
-    longest = int(max_seconds * SAMPLE_RATE)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:     # soundfile decodes outside the interpreter lock
-        size = 8 * (workers or os.cpu_count())      # decoded ahead of the writing
-        chunks = (rows[i:i + size] for i in range(0, len(rows), size))
-        clips = (clip for chunk in chunks for clip in pool.map(decode, chunk))
-        for number, clip in enumerate(tqdm(clips, total=len(rows), desc=f"packing {out.name}", unit="file", disable=None)):
-            if isinstance(clip, str):
-                skipped.append({"path": rows[number]["path"], "reason": clip})
-                continue
-            for piece in (clip[i:i + longest] for i in range(0, len(clip), longest)):
-                if len(piece) < MIN_SAMPLES:        # a rest after cutting, less than a patch
+    # what an unfinished packing of the same rows has done
+    partial = out.with_name(out.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    journal = open(partial / "journal", "a+b")
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{partial}: another data.py is at it; wait for it, or choose another --out") from None
+    journal.seek(0)
+    request = hashlib.sha256(repr((INDEX, SHARD_BYTES, classes, source, max_seconds)).encode() + b"".join(repr(row).encode() for row in rows)).hexdigest()
+    first, *lines = journal.read().split(b"\n")[:-1] or [b""]       # what follows the last newline was cut short
+    if first != request.encode():
+        lines = []
+        for path in partial.glob("audio-*.bin"):
+            path.unlink()
+        journal.truncate(0)
+        journal.write(request.encode() + b"\n")
+    journal.truncate(len(request) + 1 + sum(len(line) + 1 for line in lines))
+    if lines:
+        print(f"{partial}: {len(lines)} of {len(rows)} files are done, going on")
+
+    index, skipped, rests, pending, shard, offset, audio, synced = [], [], 0, [], 0, 0, None, time.time()
+
+    def sync():
+        """The audio first, then the lines that vouch for it."""
+        if audio:
+            audio.flush()
+            os.fsync(audio.fileno())
+        journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in pending))
+        journal.flush()
+        os.fsync(journal.fileno())
+        pending.clear()
+
+    results = itertools.chain(map(json.loads, lines), in_order(decode, rows[len(lines):], workers))
+    try:
+        for number, result in enumerate(tqdm(results, total=len(rows), desc=f"packing {out.name}", unit="file", disable=None)):
+            fresh, pieces = number >= len(lines), [] if isinstance(result, str) else result
+            for piece, crc in pieces:
+                samples = len(piece) if fresh else piece
+                if crc is None:
                     rests += 1
                     continue
-                if offset + len(piece) > SHARD_BYTES // 2:
-                    shard, offset = shard + 1, 0
-                    f = f and f.close()
-                    f = open(partial / f"audio-{shard:05d}.bin", "wb")
-                f.write(piece.tobytes())
-                digest.update(piece.tobytes())
-                index.append((shard, offset, len(piece), number))
-                offset += len(piece)
-    if f is None:
+                if 2 * (offset + samples) > SHARD_BYTES:
+                    sync()
+                    shard, offset, audio = shard + 1, 0, audio and audio.close()
+                if fresh:
+                    if not audio:
+                        audio = open(partial / f"audio-{shard:05d}.bin", "ab")
+                        audio.truncate(2 * offset)              # what no line vouches for
+                    audio.write(piece)
+                index.append((shard, offset, samples, number, crc))
+                offset += samples
+            if isinstance(result, str):
+                skipped.append({"path": rows[number]["path"], "reason": result})
+            if fresh:
+                pending.append(result if isinstance(result, str) else [(len(piece), crc) for piece, crc in pieces])
+            if time.time() > synced + 5:
+                sync()
+                synced = time.time()
+    finally:
+        sync()
+    if not index:
         shutil.rmtree(partial)
-        raise UserError(f"{source}: no usable audio" + (f"; {len(skipped)} files skipped, the first: {skipped[0]['reason']}"
-                                                         if skipped else ""))
-    f.close()
-    np.save(partial / "index.npy", np.array(index, INDEX))
+        raise UserError(f"{source}: no usable audio" + (f"; {len(skipped)} files skipped, the first: {skipped[0]['reason']}" if skipped else ""))
+    if audio:
+        audio.close()
+    index = np.array(index, INDEX)
+    np.save(partial / "index.npy", index)
     with open(partial / "clips.csv", "w", newline="") as f:
         table = csv.writer(f)
         table.writerow(["path", "labels", "split", "group"])
         table.writerows([r["path"], ";".join(r["labels"]), r["split"], r["group"]] for r in rows)
-    info = dict(version=1, source=str(source), classes=classes, clips=len(index),
-                hours=round(sum(i[2] for i in index) / SAMPLE_RATE / 3600, 4), audio_sha256=digest.hexdigest(), skipped=skipped, rests_dropped=rests)
+    info = dict(version=2, id=hashlib.sha256(index.tobytes()).hexdigest()[:16], source=str(source), classes=classes, clips=len(index),
+                hours=round(index["samples"].sum() / SAMPLE_RATE / 3600, 4), skipped=skipped, rests_dropped=rests,
+                shards=[int(index["samples"][index["shard"] == s].sum()) for s in range(shard + 1)])
     (partial / "pack.json").write_text(json.dumps(info))
     mean, std, used = fbank_stats(Pack(partial))
     info |= dict(fbank_mean=mean, fbank_std=std, fbank_clips=used)
     (partial / "pack.json").write_text(json.dumps(info, indent=1))
+    (partial / "journal").unlink()
     os.replace(partial, out)
-    print(f"{out}: {len(index)} clips, {info['hours']:.2f} h, {len(classes)} classes, fbank {mean:.3f} +- {std:.3f}"
-          + (f"; {len(skipped)} files skipped, listed in {out / 'pack.json'}, the first: {skipped[0]['reason']}" if skipped else ""))
+    print(f"{out}: {len(index)} clips, {info['hours']:.2f} h, {len(classes)} classes, fbank {mean:.3f} +- {std:.3f} over {used} clips"
+          + (f"; {len(skipped)} of {len(rows)} files skipped, listed in {out / 'pack.json'}, the first: {skipped[0]['reason']}" if skipped else ""))
     return Pack(out)
 
 def fbank_stats(pack, clips=2000):
-    """Mean and standard deviation over all fbank values of up to `clips` evenly spaced clips."""
+    """Mean and standard deviation over all fbank values of up to `clips` evenly spaced clips, and how many."""
     chosen = np.unique(np.linspace(0, len(pack) - 1, min(clips, len(pack))).astype(int))
     n, total, squares = 0, 0.0, 0.0
     for i in tqdm(chosen, desc="fbank statistics", unit="clip", disable=None, leave=False):
@@ -171,27 +248,50 @@ def fbank_stats(pack, clips=2000):
         n, total, squares = n + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
     return total / n, math.sqrt(squares / n - (total / n)**2), len(chosen)
 
+@functools.lru_cache(500)
+def opened(path, changed):
+    """An open file; the least used is closed when there are many. changed: a file that was replaced is another."""
+    return open(path, "rb", buffering=0)
+
+class Numbers:
+    """Numbers in a file, read by position: nothing stays mapped, so resident memory stays flat and processes share the page cache."""
+
+    def __init__(self, path, dtype, count):
+        self.path, self.dtype = str(path), np.dtype(dtype)
+        try:
+            stat = os.stat(path)
+        except OSError:
+            raise UserError(f"{path}: no such file") from None
+        if stat.st_size != count * self.dtype.itemsize:
+            raise UserError(f"{path}: {stat.st_size} bytes instead of {count * self.dtype.itemsize}")
+        self.changed = stat.st_mtime_ns
+
+    def read_into(self, out, first):
+        """Fill `out`, a contiguous array, from number `first` on."""
+        done = os.preadv(opened(self.path, self.changed).fileno(), [out], int(first) * out.itemsize)
+        if done != out.nbytes:
+            raise UserError(f"{self.path}: ends before number {first + len(out)}")
+
 class Pack:
-    """An opened pack. Audio stays on disk (memory-mapped) and is shared between processes."""
+    """An opened pack. index (clips,) stays on disk, mapped and shared between processes; so does the audio, read as it is asked for."""
 
     def __init__(self, path):
         self.path = Path(path)
         try:
             self.info = json.loads((self.path / "pack.json").read_text())
-            self.index = np.load(self.path / "index.npy")
-        except (OSError, ValueError):
+            self.index = np.load(self.path / "index.npy", mmap_mode="r")
+            again = f"remove {path} and make it again from {self.info['source']}"
+        except (OSError, ValueError, KeyError):
             raise UserError(f"{path} is not a pack (no readable pack.json and index.npy); make one: "
                             "python data.py folder DIR --out PACK") from None
+        if self.info["version"] != 2 or len(self.index) != self.info["clips"]:
+            raise UserError(f"{path}: made by another version, or its index has lost clips; {again}")
         self.classes = self.info["classes"]
-        self.samples = self.index["samples"]
-        self.shards = []
-        for shard in range(self.index["shard"].max() + 1):
-            name = self.path / f"audio-{shard:05d}.bin"
-            last = self.index[self.index["shard"] == shard][-1]
-            size, due = name.stat().st_size if name.exists() else 0, 2 * int(last["offset"] + last["samples"])
-            if size != due:
-                raise UserError(f"{name}: {size} bytes instead of {due}; the pack is damaged, pack {self.info['source']} again")
-            self.shards.append(np.memmap(name, "<i2", "r"))
+        self.samples = self.index["samples"].copy()
+        try:
+            self.shards = [Numbers(self.path / f"audio-{s:05d}.bin", "<i2", n) for s, n in enumerate(self.info["shards"])]
+        except UserError as error:
+            raise UserError(f"{error}; the pack is damaged, {again}") from None
 
     def __reduce__(self):               # a worker process opens the files itself
         return Pack, (str(self.path),)
@@ -199,21 +299,31 @@ class Pack:
     def __len__(self):
         return len(self.index)
 
+    def read_into(self, out, i, start=0):
+        """Fill `out`, contiguous int16, with clip i from sample `start` on."""
+        self.shards[self.index["shard"][i]].read_into(out, self.index["offset"][i] + start)
+
     def audio(self, i, start=0, samples=None) -> np.ndarray:
-        """Clip i, or `samples` of it from `start` on: (n,) int16, a view of the file."""
-        clip = self.index[i]
-        first = clip["offset"] + start
-        last = clip["offset"] + min(clip["samples"], clip["samples"] if samples is None else start + samples)
-        return self.shards[clip["shard"]][first:last]
+        """Clip i, or `samples` of it from `start` on: (n,) int16."""
+        rest = int(self.samples[i]) - start
+        out = np.empty(rest if samples is None else min(rest, samples), "<i2")
+        self.read_into(out, i, start)
+        return out
 
     def table(self):
         """labels: per clip a list of class numbers; split, group: arrays of str."""
         number = {name: i for i, name in enumerate(self.classes)}
         with open(self.path / "clips.csv", newline="") as f:
-            rows = list(csv.DictReader(f))
-        rows = [rows[i] for i in self.index["row"]]
-        return ([[number[label] for label in r["labels"].split(";") if label] for r in rows],
-                np.array([r["split"] for r in rows]), np.array([r["group"] for r in rows]))
+            rows = csv.reader(f)
+            next(rows)
+            labels, split, group = zip(*(([number[name] for name in labels.split(";") if name], s, g) for _, labels, s, g in rows))
+        row = self.index["row"]
+        return [labels[i] for i in row], np.array(split)[row], np.array(group)[row]
+
+    def damaged(self):
+        """Numbers of the clips whose audio is not what it was when packed."""
+        clips = tqdm(range(len(self)), desc=f"checking {self.path.name}", unit="clip", disable=None, leave=False)
+        return [i for i in clips if zlib.crc32(self.audio(i)) != self.index["crc"][i]]
 
 def open_packs(spec: str):
     """ "packs/a:0.4,packs/b:0.6" -> [Pack, Pack], [0.4, 0.6]: shares of the sampled seconds; None without weights."""
@@ -231,10 +341,10 @@ def open_packs(spec: str):
 # batches: what they hold is a pure function of (seed, epoch, number), whatever the number of workers
 
 class Clips(torch.utils.data.Dataset):
-    """Clips of one or more packs, numbered through. An item is asked for as (clip, *key); all chance is drawn from key.
+    """Clips of one or more packs, numbered through. Asked for a list of (clip, *key), it gives a batch; all chance is drawn from the keys.
 
     crop: samples of a random crop, 0 = whole clips, starting at a multiple of `align` samples.
-    tokens: per pack an array of tokens, one row of 8 per patch row, and where each clip's begin; cropped alike.
+    tokens: per pack the Numbers of its tokens, one row of 8 per patch row, and where each clip's begin; cropped alike.
     """
 
     def __init__(self, packs, crop=0, align=HOP, tokens=None):
@@ -244,72 +354,85 @@ class Clips(torch.utils.data.Dataset):
         if crop:
             self.samples = np.minimum(self.samples, crop)
 
-    def __getitem__(self, item):
-        clip, *key = item
-        rng = np.random.default_rng(key)
-        p = np.searchsorted(self.first, clip, side="right") - 1
-        i = clip - self.first[p]
-        spare = int(self.packs[p].samples[i]) - self.crop if self.crop else 0
-        start = rng.integers(spare // self.align + 1) * self.align if spare > 0 else 0
-        wav = self.packs[p].audio(i, start, self.crop or None)
-        sample = dict(clip=clip, wav=wav, noise=rng.random(num_tokens(len(wav)), dtype=np.float32))
-        if self.tokens:
-            first = self.tokens[p][1][i] + start // ROW * BANDS
-            sample["tokens"] = self.tokens[p][0][first:first + len(sample["noise"])].astype(np.int64)
-        return sample
+    def __getitem__(self, items):
+        """Dict of tensors: wav (B, n) int16 zero-padded, lengths (B,), clip (B,), noise (B, T), tokens (B, T), -1 padded.
 
-def collate(items):
-    """Dict of tensors: wav (B, n) int16 zero-padded, lengths (B,), clip (B,), noise (B, T), tokens (B, T), -1 padded.
-
-    n ends with the last patch row of the longest clip: no frame is computed that no patch uses.
-    """
-    rows = max(len(item["noise"]) for item in items) // BANDS
-    n = (rows * PATCH - 1) * HOP + FRAME
-    wav, lengths = pad_batch([item["wav"][:n] for item in items])
-    batch = dict(wav=F.pad(wav, (0, n - wav.shape[1])), lengths=lengths, clip=torch.tensor([int(i["clip"]) for i in items]))
-    for key, fill in (("noise", 2.0), ("tokens", -1)):
-        if key in items[0]:
-            batch[key] = torch.stack([F.pad(torch.from_numpy(i[key]), (0, rows * BANDS - len(i[key])), value=fill) for i in items])
-    return batch
+        n ends with the last patch row of the longest clip: no frame is computed that no patch uses.
+        """
+        clips = np.array([item[0] for item in items])
+        pack_of = np.searchsorted(self.first, clips, side="right") - 1
+        lengths = self.samples[clips]
+        count = num_tokens(torch.from_numpy(lengths)).numpy()
+        T = count.max()
+        n = (T // BANDS * PATCH - 1) * HOP + FRAME
+        lengths = np.minimum(lengths, n)
+        wav, noise = np.empty((len(items), n), np.int16), np.full((len(items), T), 2.0, np.float32)
+        tokens = np.full((len(items), T), -1, np.int64)
+        for row, ((clip, *key), p) in enumerate(zip(items, pack_of)):
+            i, rng = clip - self.first[p], np.random.default_rng(key)
+            spare = int(self.packs[p].samples[i]) - self.crop if self.crop else 0
+            start = rng.integers(spare // self.align + 1) * self.align if spare > 0 else 0
+            self.packs[p].read_into(wav[row, :lengths[row]], i, start)
+            wav[row, lengths[row]:] = 0
+            noise[row, :count[row]] = rng.random(count[row], dtype=np.float32)
+            if self.tokens:
+                numbers, offsets = self.tokens[p]
+                numbers.read_into(mine := np.empty(count[row], "<u2"), offsets[i] + start // ROW * BANDS)
+                tokens[row, :count[row]] = mine
+        batch = dict(wav=wav, lengths=lengths.astype(np.int64), clip=clips, noise=noise) | (dict(tokens=tokens) if self.tokens else {})
+        return {key: torch.from_numpy(value) for key, value in batch.items()}
 
 def epoch_batches(samples, batch_samples, key, subsets=None, weights=None, multiple=1, shuffle=True):
-    """One epoch as a list of arrays of clip numbers, each at most batch_samples of (padded) audio.
+    """One epoch as a list of arrays of clip numbers.
 
-    samples: (clips,) lengths; subsets: per pack an array of the clips to use; weights: per pack its share of the sampled
-    seconds (None: each clip once). key: ints that decide the order. multiple: clips per batch are a multiple of it
-    (the number of ranks); the epoch's last batch is filled up with its first clips.
-    Clips are sorted by length within stretches of some 20 batches, so that a batch has little padding.
+    samples: (clips,) lengths; subsets: per pack an array of the clips to use; key: ints that decide the order. multiple: of it is the
+    number of clips in each batch but the last (it is the number of ranks). Clips in a batch go from long to short.
+    Without weights each clip comes once, in batches of at most batch_samples of padded audio, of clips of like length: sorted within
+    stretches of some 20 batches. With weights, each pack's share of the seconds, the batches are mixed: see mixed_batches.
     """
+    if weights is not None:
+        return mixed_batches(samples, batch_samples, key, subsets, weights, multiple)
     rng = np.random.default_rng(key)
-    subsets = [np.arange(len(samples))] if subsets is None else subsets
-    if not sum(map(len, subsets)):
+    order = np.arange(len(samples)) if subsets is None else np.concatenate(subsets)
+    if not len(order):
         return []
-    seconds = sum(samples[s].sum(dtype=np.int64) for s in subsets)
-    order, due = [], []
-    for p, subset in enumerate(subsets):        # every clip gets the time it is due at; packs advance in step
-        due_seconds = weights[p] * seconds if weights is not None else 0
-        times = max(1, math.ceil(due_seconds / samples[subset].sum(dtype=np.int64)))
-        clips = np.concatenate([rng.permutation(subset) if shuffle else subset for _ in range(times)])
-        time = np.cumsum(samples[clips], dtype=np.float64)
-        if weights is not None:
-            n = max(1, np.searchsorted(time, due_seconds * (1 + 1e-9), side="right"))
-            clips, time = clips[:n], time[:n]
-        order.append(clips)
-        due.append(time / time[-1])
-    order = np.concatenate(order)[np.argsort(np.concatenate(due), kind="stable")]
-    if multiple > 1:
-        order = np.concatenate([order, np.resize(order, -len(order) % multiple)])
-    mean = max(1, int(batch_samples // samples[order].mean()))
-    batches = []
-    size = 20 * max(1, mean // multiple) * multiple
+    order = rng.permutation(order) if shuffle else order
+    order = np.resize(order, max(len(order), multiple))
+    batches, size = [], 20 * max(1, int(batch_samples / samples[order].mean() / multiple)) * multiple
     for stretch in np.split(order, np.arange(size, len(order), size)):
         stretch = stretch[np.argsort(-samples[stretch], kind="stable")]
         while len(stretch):
-            count = max(1, int(batch_samples // samples[stretch[0]]))
-            count = max(multiple, count // multiple * multiple)
+            count = max(multiple, int(batch_samples // samples[stretch[0]]) // multiple * multiple)
+            count = count if len(stretch) - count >= multiple else len(stretch)         # no rest that leaves a rank without a clip
             batches.append(stretch[:count])
             stretch = stretch[count:]
     return [batches[i] for i in rng.permutation(len(batches))] if shuffle else batches
+
+def mixed_batches(samples, batch_samples, key, subsets, weights, multiple=1):
+    """As many seconds as all packs have, weights[p] of them from pack p: batches of batch_samples of audio.
+
+    Each pack is a stream of its clips, shuffled, again and again. A clip is due at (seconds of its stream so far) / weight; all streams are
+    merged by that. So any run of batches holds each pack's share to within a clip or two.
+    """
+    total = sum(samples[s].sum(dtype=np.int64) for s in subsets)
+    streams, due = [], []
+    for p, (subset, weight) in enumerate(zip(subsets, weights)):
+        passes = math.ceil(weight * total / samples[subset].sum(dtype=np.int64))
+        stream = np.concatenate([batch for t in range(passes) for batch in epoch_batches(samples, weight * batch_samples, (*key, p, t), [subset])])
+        seconds = np.cumsum(samples[stream], dtype=np.float64)
+        stream = stream[:max(1, np.searchsorted(seconds, weight * total * (1 + 1e-9), side="right"))]
+        streams.append(stream)
+        due.append((seconds[:len(stream)] - samples[stream] / 2) / weight)
+    order = np.concatenate(streams)[np.argsort(np.concatenate(due), kind="stable")]
+    seconds = np.cumsum(samples[order], dtype=np.float64)
+    batches, first = [], 0
+    while first < len(order):
+        last = np.searchsorted(seconds, (seconds[first - 1] if first else 0) + batch_samples * (1 + 1e-9), side="right")
+        last = first + max(multiple, (last - first) // multiple * multiple)
+        last = last if len(order) - last >= multiple else len(order)
+        batches.append(order[first:last][np.argsort(-samples[order[first:last]], kind="stable")])
+        first = last
+    return batches
 
 class Stream(torch.utils.data.Sampler):
     """Endless batches of this rank from (epoch, number) on: lists of (clip, seed, epoch, position in epoch)."""
@@ -325,7 +448,7 @@ class Stream(torch.utils.data.Sampler):
             position = np.cumsum([0] + [len(b) for b in batches])
             for k in range(number, len(batches)):
                 mine = range(self.rank, len(batches[k]), self.world)
-                yield [(batches[k][j], self.seed, epoch, position[k] + j) for j in mine]
+                yield [(int(batches[k][j]), self.seed, epoch, int(position[k]) + j) for j in mine]
             epoch, number = epoch + 1, 0
 
     def after(self, start):
@@ -339,7 +462,8 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def loader(dataset, batches, workers=0):
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_signals,
+    """batches: an iterable of lists of (clip, *key), each made into a batch by a worker process (0 = by this one), ahead of time."""
+    return torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
                                        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
 def to_device(batch, device):
@@ -348,15 +472,21 @@ def to_device(batch, device):
     batch["wav"] = batch["wav"].float() / 32768
     return batch
 
-def split_batch(batch, device_seconds):
-    """Micro-batches of at most device_seconds of audio each; 0 = the batch as it is."""
-    size = max(1, int(device_seconds * SAMPLE_RATE // batch["wav"].shape[1])) if device_seconds else len(batch["wav"])
-    return [dict(zip(batch, values)) for values in zip(*(v.split(size) for v in batch.values()))]
+def split_batch(batch, seconds):
+    """Micro-batches of at most `seconds` of padded audio each, cut to their longest clip. Clips go from long to short."""
+    T, parts, first = num_tokens(batch["lengths"]), [], 0
+    while first < len(T):
+        rows = int(T[first]) // BANDS
+        last = first + max(1, int(seconds * SAMPLE_RATE // (rows * ROW)))
+        width = dict(wav=(rows * PATCH - 1) * HOP + FRAME, noise=rows * BANDS, tokens=rows * BANDS)
+        parts.append({key: value[first:last, :width[key]] if key in width else value[first:last] for key, value in batch.items()})
+        first = last
+    return parts
 
 def fixed_batches(clips, subsets, batch_seconds, seed, most=None, number=0, share=slice(None)):
     """A loader of (the first `most`) batches whose crops and noise are the same at every pass. share: this rank's clips."""
     batches = epoch_batches(clips.samples, batch_seconds * SAMPLE_RATE, (seed, number), [np.concatenate(subsets)])
-    batches = [[(i, seed, number, i) for i in batch[share]] for batch in batches[:most]]
+    batches = [[(i, seed, number, i) for i in batch[share].tolist()] for batch in batches[:most]]
     return loader(clips, [batch for batch in batches if batch])
 
 def hold_out(packs, share=0.05, most=400, seed=0):
@@ -373,173 +503,84 @@ def hold_out(packs, share=0.05, most=400, seed=0):
     return train, valid
 
 # -----------------------------------------------------------------------------
-# built-in sounds
-
-TOY_CLASSES = ["chirp_up", "chirp_down", "siren", "clicks", "pluck", "vowel", "burst", "tremolo", "trill", "drum"]
-
-def toy_clip(rng, kind, seconds=3.0):
-    """One sound of a class at random pitch, time, level and timbre, over coloured noise. (n,) float32.
-
-    Classes differ in what happens over time; pitch ranges, loudness and colour overlap, so that the average spectrum
-    says little.
-    """
-    n = int(seconds * SAMPLE_RATE)
-    length = int(rng.uniform(0.5, 1.0) * n) // 1600 * 1600     # a length that the FFT likes
-    t = np.arange(length) / SAMPLE_RATE
-    pitch = 150 * 2**rng.uniform(0, 4)                  # Hz
-    tone = lambda hz: sum(np.sin(2 * np.pi * h * np.cumsum(hz) / SAMPLE_RATE + rng.uniform(0, 6)) / h**rng.uniform(0.7, 2)
-                          for h in range(1, 5)) * np.ones(length)
-    pulses = lambda rate, jitter: np.cumsum(rng.uniform(1 - jitter, 1 + jitter, 200) * SAMPLE_RATE / rate).astype(int)
-    if kind in ("chirp_up", "chirp_down"):              # a glide of one to two octaves, repeated
-        phase = (t * rng.uniform(1, 3) + rng.uniform()) % 1
-        x = tone(pitch * 2**(rng.uniform(1, 2) * (phase if kind == "chirp_up" else 1 - phase)))
-    elif kind == "siren":                               # pitch goes up and down
-        x = tone(pitch * 2**(rng.uniform(0.5, 1) * (1 + np.sin(2 * np.pi * rng.uniform(0.7, 2) * t))))
-    elif kind == "trill":                               # jumps between two pitches
-        x = tone(pitch * 2**(rng.uniform(0.3, 1.5) * (np.sin(2 * np.pi * rng.uniform(3, 8) * t) > 0)))
-    elif kind == "tremolo":                             # steady pitch, moving level
-        x = tone(pitch * np.ones(length)) * (1 + np.sin(2 * np.pi * rng.uniform(3, 8) * t))
-    elif kind in ("clicks", "pluck", "drum"):           # trains of short events
-        x = np.zeros(length)
-        for start in pulses(rng.uniform(2, 6), 0.3):
-            if start >= length:
-                break
-            s = np.arange(min(length - start, SAMPLE_RATE)) / SAMPLE_RATE
-            if kind == "clicks":
-                event = np.exp(-s * 400) * rng.standard_normal(len(s))
-            elif kind == "pluck":
-                event = sum(np.exp(-s * h * rng.uniform(4, 8)) * np.sin(2 * np.pi * h * pitch * s) / h for h in range(1, 6))
-            else:
-                event = np.exp(-s * 12) * (np.sin(2 * np.pi * pitch / 3 * (s - 0.4 * s**2).clip(0)) + 0.5 * rng.standard_normal(len(s)))
-            x[start:start + len(s)] += event * rng.uniform(0.5, 1)
-    elif kind == "vowel":                               # a voice: harmonics under moving formants, in syllables
-        f0 = rng.uniform(90, 250) * (1 + 0.1 * np.sin(2 * np.pi * rng.uniform(1, 3) * t))
-        phase, x = np.cumsum(f0) / SAMPLE_RATE, np.zeros(length)
-        formants = [rng.uniform(300, 900), rng.uniform(900, 2300), rng.uniform(2300, 3200)]
-        for h in range(1, 25):
-            x += np.sin(2 * np.pi * h * phase) * sum(np.exp(-((h * f0[::160] - f) / 150)**2) for f in formants).repeat(160)
-        x = x * (np.sin(2 * np.pi * rng.uniform(1.5, 3) * t) > rng.uniform(-0.7, 0))
-    else:                                               # bursts of band-passed noise
-        x = coloured(rng, length, pitch * 2) * np.sin(np.pi * t * rng.uniform(1, 4))**2
-    y = np.zeros(n)
-    start = rng.integers(n - length + 1)
-    y[start:start + length] = coloured(rng, length, 0, x)
-    y /= np.sqrt((y**2).mean()) + 1e-9
-    noise = coloured(rng, n, 300 * 2**rng.uniform(0, 4), width=rng.uniform(0.7, 3))
-    y = y + noise * 10**(-rng.uniform(3, 20) / 20)      # 3 to 20 dB over the background
-    return (y / np.abs(y).max() * 10**(-rng.uniform(0, 30) / 20) * 0.99).astype(np.float32)
-
-def coloured(rng, n, centre, x=None, width=0.7):
-    """x (white noise if None) through a random smooth equaliser, or a band around centre Hz; unit level."""
-    spectrum = np.fft.rfft(rng.standard_normal(n) if x is None else x)
-    octaves = np.log2(np.fft.rfftfreq(n, 1 / SAMPLE_RATE).clip(20) / (centre or 1))
-    gain = np.exp(-0.5 * (octaves / width)**2) if centre else 10**(np.interp(octaves, np.linspace(4, 13, 8), rng.uniform(-10, 10, 8)) / 20)
-    x = np.fft.irfft(spectrum * gain, n)
-    return x / (np.sqrt((x**2).mean()) + 1e-9)
+# command line
 
 def make_toy(out, clips=1600, seed=0):
     """Ten classes of made sounds, 3 s each, 80 minutes: 3/4 train, 1/4 test. A function of the seed."""
-    rows = [dict(path=f"toy-{i:05d}", labels=[TOY_CLASSES[i % 10]], split="test" if i % 40 < 10 else "train", group="", number=i)
+    rows = [dict(path=f"toy-{i:05d}", labels=[toy.CLASSES[i % 10]], split="test" if i % 40 < 10 else "train", group="", key=[seed, i])
             for i in range(clips)]
-    return write_pack(out, rows, lambda row: toy_clip(np.random.default_rng([seed, row["number"]]), row["labels"][0]),
-                      TOY_CLASSES, source="toy")
+    return write_pack(out, rows, lambda row: toy.toy_clip(np.random.default_rng(row["key"]), row["labels"][0]), toy.CLASSES, source="toy")
 
-# -----------------------------------------------------------------------------
-# recipes
-
-def rows_from_csv(table, root=None, columns=None, keep=None):
-    """A table with a header: path, and if there are label (several separated by ; or ,), split or fold, group, start, end."""
-    try:
-        with open(table, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f, skipinitialspace=True)
-            lines, header = list(reader), reader.fieldnames or []
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{table}: cannot be read as a table ({error})") from None
-    names = {"path": ["path", "file", "filename", "wav"], "label": ["label", "labels", "category", "class"],
-             "split": ["split", "fold", "fold_or_split"], "group": ["group", "speaker"], "start": ["start"], "end": ["end"]}
-    found = {key: next((n for n in options if n in header), None) for key, options in names.items()} | (columns or {})
-    if found["path"] is None:
-        raise UserError(f"{table}: no column named {', '.join(names['path'])}; its header is {header}; try --path_column NAME")
-    for name in filter(None, (columns or {}).values()):
-        if name not in header:
-            raise UserError(f"{table}: no column named {name}; its header is {header}")
-    root = Path(root or Path(table).parent)
-    rows, seen = [], set()
-    for number, line in enumerate(lines, start=2):
-        get = lambda key: (line[found[key]] or "").strip() if found[key] else ""
-        try:
-            start, end = float(get("start") or 0), float(get("end")) if get("end") else None
-        except ValueError:
-            raise UserError(f"{table}, line {number}: start and end are seconds, not {get('start')!r}, {get('end')!r}") from None
-        if start < 0 or (end is not None and end <= start):
-            raise UserError(f"{table}, line {number}: a clip cannot go from {start} s to {end} s")
-        if (get("path"), start, end) in seen:
-            raise UserError(f"{table}, line {number}: {get('path')} stands there twice")
-        seen.add((get("path"), start, end))
-        separator = ";" if ";" in get("label") else ","
-        labels = [label.strip() for label in get("label").split(separator) if label.strip()]
-        rows.append(dict(path=get("path"), labels=labels, split=get("split"), group=get("group"),
-                         file=root / get("path"), start=start, end=end))
-    if keep:
-        rows = [row for row in rows if row["split"] in keep.split(",")]
-    if not rows:
-        raise UserError(f"{table}: no rows" + (f" with split {keep}" if keep else ""))
-    return rows
-
-def rows_from_folder(root):
-    """Every audio file below root; if all lie one folder deep, the folder is the class."""
-    files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not files:
-        raise UserError(f"{root}: {'no audio files below it' if Path(root).is_dir() else 'no such folder'} ({' '.join(sorted(SUFFIXES))})")
-    labelled = all(len(p.relative_to(root).parts) == 2 for p in files)
-    return [dict(path=str(p.relative_to(root)), labels=[p.parent.name] if labelled else [], split="", group="",
-                 file=p, start=0.0, end=None) for p in files]
+def show(path):
+    pack = Pack(path)
+    labels, split, group = pack.table()
+    counts = lambda values: ", ".join(f"{v or '(none)'} {n}" for v, n in zip(*np.unique(values, return_counts=True)))
+    print(f"{path}: {len(pack)} clips of {pack.samples.min() / SAMPLE_RATE:.2f} to {pack.samples.max() / SAMPLE_RATE:.2f} s, "
+          f"{pack.info['hours']:.2f} h from {pack.info['source']}\nfbank mean {pack.info['fbank_mean']:.5f} std "
+          f"{pack.info['fbank_std']:.5f} over {pack.info['fbank_clips']} evenly spaced clips\nsplits: {counts(split)}\n{len(np.unique(group))} groups\n"
+          f"classes: {counts([pack.classes[c] for row in labels for c in row]) or '(none)'}\n{len(pack.info['skipped'])} files skipped, "
+          f"{pack.info['rests_dropped']} rests of under 0.175 s left out when cutting long files")
+    for item in pack.info["skipped"]:
+        print("  " + item["reason"])
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="built-in sounds of ten classes")
-    toy.add_argument("--clips", type=int, default=1600, help="3 s each [1600]")
-    toy.add_argument("--seed", type=int, default=0, help="[0]")
-    table = commands.add_parser("csv", help="a table with a path column")
-    table.add_argument("table")
-    table.add_argument("--root", help="folder that the paths start from [that of the table]")
-    table.add_argument("--keep", help="only these splits or folds, as in 1,2,3,4 [all]")
+    command = {name: commands.add_parser(name, help=text, description=text) for name, text in dict(
+        toy="built-in sounds of ten classes", csv="a table with a path column", folder="class per folder, or an unlabelled tree",
+        esc50="ESC-50: five folds of environmental sounds", audioset="AudioSet, from its tables or AST's json",
+        speechcommands="Speech Commands: 35 words, or SUPERB's 12 classes", iemocap="IEMOCAP: four emotions, five folds",
+        stats="what is in a pack", check="a pack's audio against its checksums").items()}
+    command["toy"].add_argument("--clips", type=int, default=1600, help="3 s each [1600]")
+    command["toy"].add_argument("--seed", type=int, default=0, help="[0]")
+    command["csv"].add_argument("table")
+    command["csv"].add_argument("--root", help="folder that the paths start from [that of the table]")
+    command["csv"].add_argument("--keep", help="only these splits or folds, as in 1,2,3,4 [all]")
+    command["csv"].add_argument("--classes", help="file of the class names in order, one a line [the labels that occur, sorted]")
     for name in ("path", "label", "split", "group"):
-        table.add_argument(f"--{name}_column", f"--{name}-column", help=f"header of the {name} column [found by name]")
-    folder = commands.add_parser("folder", help="class per folder, or an unlabelled tree")
-    folder.add_argument("root")
-    for command in (toy, table, folder):
-        command.add_argument("--out", required=True, help="the pack to make")
-    for command in (table, folder):
-        command.add_argument("--max_seconds", "--max-seconds", type=float, default=10.0, help="longer clips are cut [10]")
-    stats = commands.add_parser("stats", help="what is in a pack")
-    stats.add_argument("pack")
+        command["csv"].add_argument(f"--{name}_column", f"--{name}-column", help=f"header of the {name} column [found by name]")
+    for name in ("folder", "esc50", "audioset", "speechcommands", "iemocap"):
+        command[name].add_argument("root", help="folder of the audio files" if name in ("folder", "audioset") else "folder of the data set, unpacked")
+    command["audioset"].add_argument("--train", help="tables, as in balanced_train_segments.csv,unbalanced_train_segments.csv")
+    command["audioset"].add_argument("--test", help="tables, as in eval_segments.csv")
+    command["audioset"].add_argument("--class_csv", "--class-csv", required=True, help="class_labels_indices.csv")
+    command["speechcommands"].add_argument("--version", type=int, default=2, choices=(1, 2), help="1 = SUPERB's 12 classes of v0.01, 2 = 35 words of v0.02 [2]")
+    command["speechcommands"].add_argument("--test_root", "--test-root", help="folder of speech_commands_test_set_v0.01, for version 1")
+    for name in ("csv", "folder", "esc50", "audioset", "speechcommands", "iemocap"):
+        command[name].add_argument("--max_seconds", "--max-seconds", type=float, default=10.0, help="longer clips are cut [10]")
+    for name in ("toy", "csv", "folder", "esc50", "audioset", "speechcommands", "iemocap"):
+        command[name].add_argument("--out", required=True, help="the pack to make")
+    for name in ("stats", "check"):
+        command[name].add_argument("pack")
     args = parser.parse_args(argv)
-    read = lambda row: read_audio(row["file"], row["start"], row["end"])
+    split = lambda tables: tables.split(",") if tables else []
     if args.command == "toy":
-        make_toy(args.out, args.clips, args.seed)
-    elif args.command == "csv":
+        return make_toy(args.out, args.clips, args.seed)
+    if args.command == "stats":
+        return show(args.pack)
+    if args.command == "check":
+        damaged = Pack(args.pack).damaged()
+        if damaged:
+            raise UserError(f"{args.pack}: {len(damaged)} clips are not what was packed, number {damaged[0]} the first; remove it and make it again")
+        return print(f"{args.pack}: every clip is as it was packed")
+    if args.command == "csv":
         columns = {n: getattr(args, f"{n}_column") for n in ("path", "label", "split", "group") if getattr(args, f"{n}_column")}
-        write_pack(args.out, rows_from_csv(args.table, args.root, columns, args.keep), read, source=args.table, max_seconds=args.max_seconds)
-    elif args.command == "folder":
-        write_pack(args.out, rows_from_folder(args.root), read, source=args.root, max_seconds=args.max_seconds)
+        rows, classes = recipes.from_csv(args.table, args.root, columns, args.keep, args.classes)
+    elif args.command == "audioset":
+        if not (args.train or args.test):
+            raise UserError("--train or --test: name at least one table of clips")
+        rows, classes = recipes.from_audioset(args.root, dict(train=split(args.train), test=split(args.test)), args.class_csv)
+    elif args.command == "speechcommands":
+        rows, classes = recipes.from_speechcommands(args.root, args.version, args.test_root)
     else:
-        pack = Pack(args.pack)
-        labels, split, group = pack.table()
-        counts = lambda values: ", ".join(f"{v or '(none)'} {n}" for v, n in zip(*np.unique(values, return_counts=True)))
-        print(f"{args.pack}: {len(pack)} clips of {pack.samples.min() / SAMPLE_RATE:.2f} to {pack.samples.max() / SAMPLE_RATE:.2f} s, "
-              f"{pack.info['hours']:.2f} h from {pack.info['source']}\nfbank mean {pack.info['fbank_mean']:.5f} std "
-              f"{pack.info['fbank_std']:.5f} over {pack.info['fbank_clips']} clips\nsplits: {counts(split)}\n{len(np.unique(group))} groups\n"
-              f"classes: {counts([pack.classes[c] for row in labels for c in row]) or '(none)'}\n{len(pack.info['skipped'])} files skipped, "
-              f"{pack.info['rests_dropped']} rests of under 0.175 s left out when cutting long files")
-        for item in pack.info["skipped"]:
-            print("  " + item["reason"])
+        rows, classes = getattr(recipes, f"from_{args.command}")(args.root)
+    write_pack(args.out, rows, lambda row: read_audio(row["file"], row["start"], row["end"]), classes,
+               args.table if args.command == "csv" else args.root, args.max_seconds)
 
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; no pack was made")
+        sys.exit("interrupted; the same command goes on where it was")

@@ -678,7 +678,7 @@ def export_program(model):
 
 def sound_files(paths, out):
     """(file, .npy beside it or in out) for files and all audio files below folders; a folder's tree is kept in out."""
-    from data import SUFFIXES
+    from recipes import SUFFIXES
     found = []
     for path in map(Path, paths):
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]

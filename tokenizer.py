@@ -275,40 +275,52 @@ def tokenizer_hash(tok) -> str:
     return h.hexdigest()[:16]
 
 def token_id(tok, pack) -> str:
-    """Hash of everything the tokens depend on: the tokenizer, the pack's audio and its index."""
-    h = hashlib.sha256(tokenizer_hash(tok).encode() + pack.index.tobytes() + pack.info["audio_sha256"].encode())
-    return h.hexdigest()[:16]
+    """Hash of everything the tokens depend on: the tokenizer with its fbank statistics, the pack's index and audio."""
+    return hashlib.sha256((tokenizer_hash(tok) + pack.info["id"]).encode()).hexdigest()[:16]
 
 @torch.no_grad()
 def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
-    """(tokens, offsets) of every clip of a pack: read from tokens-<id>.bin beside it, or computed there by all ranks."""
+    """(tokens, offsets): data.Numbers of every clip's tokens end to end, uint16, and where each clip's begin (clips + 1,).
+
+    Read from tokens-<id>.bin beside the pack, or computed there by all ranks. Until it is whole the file is called .partial, and a token
+    that is still to be computed is 65535: a job that was killed, or runs beside another, does what is left.
+    """
     offsets = token_offsets(pack)
     path = pack.path / f"tokens-{token_id(tok, pack)}.bin"
+    partial = path.with_suffix(".partial")
     if not path.exists():
-        name = [f"{path.stem}.{os.getpid()}.partial"]      # of this job: another may be at the same tokens
-        if world() > 1:
-            dist.broadcast_object_list(name, 0, device=device if device.type == "cuda" else None)
-        partial = path.with_name(name[0])
         try:
-            out = os.open(partial, os.O_WRONLY | os.O_CREAT)
+            if rank() == 0 and not partial.exists():
+                new = path.with_suffix(f".{os.getpid()}.new")
+                with open(new, "wb") as f:
+                    for first in range(0, offsets[-1], 2**26):
+                        f.write(np.full(min(2**26, offsets[-1] - first), 65535, "<u2").data)
+                    os.fsync(f.fileno())
+                os.replace(new, partial)
+            barrier()
+            clips = data.Clips([pack])
+            while True:
+                todo = np.flatnonzero(np.maximum.reduceat(np.memmap(partial, "<u2", "r"), offsets[:-1]) == 65535)
+                if not all_sum(torch.tensor(float(len(todo)), device=device)).item():       # no rank writes before all have looked
+                    break
+                out = os.open(partial, os.O_WRONLY)
+                batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), [todo], shuffle=False)[rank()::world()]
+                items = [[(i,) for i in batch.tolist()] for batch in batches]
+                for batch in tqdm(data.loader(clips, items), desc=f"tokenizing {pack.path.name}", unit="batch", disable=True if rank() else None):
+                    batch = data.to_device(batch, device)
+                    with autocast(device, dtype):
+                        codes = tok.encode(batch["wav"], batch["lengths"]).cpu().numpy()
+                    for clip, row in zip(batch["clip"].tolist(), codes):
+                        os.pwrite(out, row[:offsets[clip + 1] - offsets[clip]].astype("<u2").tobytes(), 2 * offsets[clip])
+                os.fsync(out)
+                os.close(out)
+                barrier()
+            if rank() == 0 and partial.exists():
+                os.replace(partial, path)
+            barrier()
         except OSError as error:
-            raise UserError(f"{partial}: cannot be written ({error.strerror}); tokens are kept beside the audio of a pack") from None
-        clips = data.Clips([pack])
-        batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), shuffle=False)[rank()::world()]
-        items = [[(i,) for i in batch] for batch in batches]
-        for batch in tqdm(data.loader(clips, items), desc=f"tokenizing {pack.path.name}", unit="batch", disable=True if rank() else None):
-            batch = data.to_device(batch, device)
-            with autocast(device, dtype):
-                codes = tok.encode(batch["wav"], batch["lengths"]).cpu().numpy()
-            for clip, row in zip(batch["clip"].tolist(), codes):
-                os.pwrite(out, row[:offsets[clip + 1] - offsets[clip]].astype("<u2").tobytes(), 2 * offsets[clip])
-        os.fsync(out)
-        os.close(out)
-        barrier()
-        if rank() == 0:
-            os.replace(partial, path)
-        barrier()
-    return np.memmap(path, "<u2", "r"), offsets
+            raise UserError(f"{partial}: cannot be written ({error.strerror}); tokens are kept beside the audio of a pack, which all ranks share") from None
+    return data.Numbers(path, "<u2", offsets[-1]), offsets
 
 def code_use(counts):
     """counts (..., K) of codes per band -> dict: codes used, perplexity, entropy of the codes given the band in nats."""
@@ -346,7 +358,7 @@ Tokens of sounds, or of a whole pack with a report on the use of codes.
         for_each_sound(args.files, args.out, args.window, args.window, tokenize)
     if args.data:
         pack = data.Pack(args.data)
-        tokens, _ = cached_tokens(tok, pack, device)
+        tokens = np.memmap(cached_tokens(tok, pack, device)[0].path, "<u2", "r")
         counts = np.stack([np.bincount(tokens[band::BANDS], minlength=tok.n_codes) for band in range(BANDS)])
         use = code_use(counts)
         print(f"{args.data}: {len(tokens)} tokens of {len(pack)} clips, {use['codes_used']} of {tok.n_codes} codes used, "

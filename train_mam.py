@@ -123,6 +123,8 @@ def main(**flags):
         data.make_toy(f"{cfg.out_dir}/toy")
     common.barrier()
     packs, weights = data.open_packs(cfg.data or f"{cfg.out_dir}/toy")
+    if ckpt and ckpt["packs"] != [pack.info["id"] for pack in packs]:
+        raise UserError(f"{path} was begun on other sounds than those of --data {cfg.data or 'toy'}; resume on the same packs, or begin anew with --init {path}")
     rows = round(cfg.crop_seconds * data.SAMPLE_RATE / data.ROW)
     crop = rows * data.ROW + data.FRAME - data.HOP if rows else 0
     train, valid = data.hold_out(packs, seed=cfg.seed)
@@ -199,13 +201,13 @@ def main(**flags):
     result, seen, window, began = {}, 0.0, torch.zeros(3, dtype=torch.float64, device=device), time.time()
     save = lambda: common.save_checkpoint(path, kind="mam", encoder=dataclasses.asdict(encoder.cfg), model=model.state_dict(),
         optimizer=optimizer.state_dict(), step=step, place=place, config=dataclasses.asdict(cfg), probe=before,
-        tokenizer=tokenizer_hash(tokenizer))
+        tokenizer=tokenizer_hash(tokenizer), packs=[pack.info["id"] for pack in packs])
     for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="train", disable=True if rank else None):
         common.seed_step(cfg.seed, step)
         for group in optimizer.param_groups:
             group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps)
-        batch = data.to_device(next(batches), device)
-        parts = data.split_batch(batch, cfg.device_seconds)
+        batch = next(batches)
+        parts = [data.to_device(part, device) for part in data.split_batch(batch, cfg.device_seconds or cfg.batch_seconds / world)]
         parts = [prepare(part, model.encoder, tokenizer, cfg)[:2] for part in parts]
         count = all_sum(sum((targets >= 0).sum() for _, targets in parts).double())      # over micro-steps and ranks
         for i, (inputs, targets) in enumerate(parts):

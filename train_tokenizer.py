@@ -118,6 +118,8 @@ def main(**flags):
 
     # data
     packs, weights = data.open_packs(cfg.data or f"{cfg.out_dir}/toy")
+    if ckpt and ckpt["packs"] != [pack.info["id"] for pack in packs]:
+        raise UserError(f"{path} was begun on other sounds than those of --data {cfg.data or 'toy'}; resume on the same packs, or begin anew without --resume")
     rows = round(cfg.crop_seconds * data.SAMPLE_RATE / data.ROW)
     crop = rows * data.ROW + data.FRAME - data.HOP if rows else 0
     train, valid = data.hold_out(packs, seed=cfg.seed)
@@ -175,13 +177,13 @@ def main(**flags):
     window, counts, revived = torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(cfg.codes, device=device), 0
     seen, began = 0.0, time.time()
     save = lambda: common.save_checkpoint(path, **tokenizer_state(model), optimizer=optimizer.state_dict(), step=step, place=place,
-                                          config=dataclasses.asdict(cfg))
+                                          config=dataclasses.asdict(cfg), packs=[pack.info["id"] for pack in packs])
     for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="train", disable=True if rank else None):
         common.seed_step(cfg.seed, step)
         for group in optimizer.param_groups:
             group["lr"] = common.lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps)
-        batch = data.to_device(next(batches), device)
-        parts = data.split_batch(batch, cfg.device_seconds)
+        batch = next(batches)
+        parts = [data.to_device(part, device) for part in data.split_batch(batch, cfg.device_seconds or cfg.batch_seconds / world)]
         count = all_sum(sum(valid_tokens(part["lengths"], part["wav"].shape[1]).sum() for part in parts).double())
         z, codes = [], []
         for i, part in enumerate(parts):

@@ -7,8 +7,9 @@ import soundfile
 import torch
 
 import data
+import toy as sounds
 from common import UserError
-from data import Clips, Pack, Stream, collate, epoch_batches, load_audio, loader, open_packs, read_audio, resample
+from data import Clips, Numbers, Pack, Stream, epoch_batches, load_audio, loader, open_packs, read_audio, resample, split_batch
 from model import num_tokens
 
 def sine(seconds, rate=16000, hz=440.0, level=0.5):
@@ -68,7 +69,7 @@ def test_a_folder_becomes_a_pack(tmp_path, write_wav, capsys):
     assert np.array_equal(pack.audio(1, 100, 50), pack.audio(1)[100:150])
     assert [s["path"] for s in pack.info["skipped"]] == ["cat/text.wav", "cat/tiny.wav"]
     out = capsys.readouterr().out
-    assert "2 files skipped" in out and "cannot be read as audio" in out
+    assert "2 of 5 files skipped" in out and "cannot be read as audio" in out
     data.main(["stats", str(tmp_path / "pack")])
     assert "shorter than one patch" in capsys.readouterr().out
 
@@ -96,7 +97,7 @@ def test_a_table_becomes_a_pack(tmp_path, write_wav):
 @pytest.mark.parametrize("text, message", [
     ("name,label\na.wav,x\n", "no column named path.*name.*--path_column"), ("path\n", "no rows"), ("path,start,end\na.wav,3,1\n", "line 2.*from 3.0 s to 1.0 s"),
     ("path,start\na.wav,-1\n", "line 2"), ("path\na.wav\na.wav\n", "line 3: a.wav stands there twice"), ("path,start\na.wav,soon\n", "seconds, not 'soon'"),
-    ("path\nnowhere.wav\n", "no usable audio.*no such file")])
+    ("path\nnowhere.wav\n", "no usable audio.*no such file"), ("path,label\n,x\n", "line 2: no path")])
 def test_bad_tables_are_explained(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         data.main(["csv", table(tmp_path, text), "--out", str(tmp_path / "pack")])
@@ -126,11 +127,11 @@ def test_shares(toy, ragged):
             open_packs(spec)
 
 def test_toy_sounds_are_a_function_of_the_seed():
-    clips = {kind: data.toy_clip(np.random.default_rng([0, 1]), kind) for kind in data.TOY_CLASSES}
+    clips = {kind: sounds.toy_clip(np.random.default_rng([0, 1]), kind) for kind in sounds.CLASSES}
     for kind, x in clips.items():
         assert x.shape == (48000,) and np.isfinite(x).all() and 0.01 < np.abs(x).max() <= 1
-        assert np.array_equal(x, data.toy_clip(np.random.default_rng([0, 1]), kind))
-        assert not np.array_equal(x, data.toy_clip(np.random.default_rng([0, 2]), kind))
+        assert np.array_equal(x, sounds.toy_clip(np.random.default_rng([0, 1]), kind))
+        assert not np.array_equal(x, sounds.toy_clip(np.random.default_rng([0, 2]), kind))
 
 def test_toy_classes_are_not_told_by_their_average_spectrum(tmp_path):
     import finetune
@@ -151,25 +152,57 @@ def test_an_epoch_holds_each_clip_once_within_the_batch_size():
     assert [b.tolist() for b in batches] == [b.tolist() for b in epoch_batches(samples, 800000, (0, 0))]
     assert [b.tolist() for b in batches] != [b.tolist() for b in epoch_batches(samples, 800000, (0, 1))]
 
-def test_ranks_share_an_epoch_evenly():
+def test_ranks_together_hear_each_clip_once():
     samples = np.random.default_rng(0).integers(2800, 160000, 1001)
     batches = epoch_batches(samples, 800000, (0, 0), multiple=4)
-    assert all(len(b) % 4 == 0 for b in batches)
-    assert len(np.concatenate(batches)) == 1004 and set(np.concatenate(batches)) == set(range(1001))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(1001))
+    assert sorted(len(b) % 4 for b in batches)[-2:] == [0, 1] and min(map(len, batches)) >= 4      # one batch holds the odd clip
+    assert [len(b) for b in epoch_batches(samples[:3], 800000, (0, 0), multiple=4)] == [4]         # nobody stays without
 
-def test_packs_get_their_share_of_the_seconds():
+def three_corpora():
     rng = np.random.default_rng(0)
-    samples = np.concatenate([rng.integers(16000, 160000, 300), rng.integers(8000, 16000, 2000)])
-    batches = epoch_batches(samples, 800000, (0, 0), [np.arange(300), np.arange(300, 2300)], [0.25, 0.75])
-    order = np.concatenate(batches)
-    assert samples[order][order < 300].sum() / samples[order].sum() == pytest.approx(0.25, abs=0.01)
-    assert len(np.unique(order[order >= 300])) == 2000        # the small pack is gone through whole, several times
+    samples = np.concatenate([rng.integers(16000, 160000, 3000), rng.integers(8000, 16000, 2000), np.full(50, 160000)])
+    return samples, np.split(np.arange(5050), [3000, 5000])
+
+@pytest.mark.parametrize("weights, multiple", [((0.7, 0.15, 0.15), 1), ((0.4, 0.3, 0.3), 4), ((0.98, 0.01, 0.01), 1)])
+def test_shares_hold_over_any_run_of_batches(weights, multiple):
+    samples, subsets = three_corpora()
+    batches = epoch_batches(samples, 60 * 16000, (0, 0), subsets, weights, multiple)
+    seconds = np.array([[samples[b][np.isin(b, s)].sum() / 16000 for s in subsets] for b in batches])       # (batches, packs)
+    until = np.concatenate([np.zeros((1, 3)), np.cumsum(seconds, 0)])
+    assert until[-1].sum() == pytest.approx(samples.sum() / 16000, rel=0.01)
+    windows = until[None] - until[:, None]                      # (first, last, packs)
+    off = np.abs(windows - np.array(weights) * windows.sum(-1, keepdims=True)).max()
+    assert off < 20 < 60                                        # seconds: two clips of ten, a third of a batch
+    assert all(len(b) % multiple == 0 for b in batches[:-1]) and max(seconds.sum(1)[:-1]) <= 60 + 1e-6
+    counts = np.bincount(np.concatenate(batches), minlength=5050)
+    assert all(np.ptp(counts[s]) <= 1 for s in subsets)         # within a pack everyone has a turn before anyone has another
+
+def test_the_order_of_a_mixture_is_a_function_of_the_key():
+    samples, subsets = three_corpora()
+    a, b, c = ([x.tolist() for x in epoch_batches(samples, 960000, key, subsets, (0.7, 0.2, 0.1))] for key in ((0, 0), (0, 0), (0, 1)))
+    assert a == b != c
 
 def test_a_pack_with_a_tiny_share_is_not_lost():
     samples = np.concatenate([np.full(100, 16000), np.full(5, 160000)])
     order = np.concatenate(epoch_batches(samples, 800000, (0, 0), [np.arange(100), np.arange(100, 105)], [0.99, 0.01]))
     assert (order >= 100).sum() == 1
     assert epoch_batches(samples, 800000, (0, 0), [np.arange(0)]) == []
+
+def test_micro_batches_are_bounded_and_cut_to_their_longest_clip():
+    samples, subsets = three_corpora()
+    packs = [type("Silence", (), dict(samples=samples, __len__=lambda s: len(samples), read_into=lambda s, out, i, start: out.fill(i % 99)))()]
+    clips = Clips(packs)
+    for batch in epoch_batches(samples, 60 * 16000, (0, 0), subsets, (0.4, 0.3, 0.3))[:20]:
+        whole = clips[[(int(i), 0) for i in batch]]
+        parts = split_batch(whole, 30)
+        assert torch.equal(torch.cat([p["clip"] for p in parts]), whole["clip"])
+        rows = [p["noise"].shape[1] // 8 for p in parts]
+        assert all(len(p["wav"]) * r * 2560 <= 30 * 16000 for p, r in zip(parts, rows))
+        assert all(p["wav"].shape[1] == (r * 16 - 1) * 160 + 400 and r == num_tokens(int(p["lengths"].max())) // 8 for p, r in zip(parts, rows))
+        for p in parts:
+            for wav, n, noise in zip(p["wav"], p["lengths"], p["noise"]):
+                assert n <= len(wav) or num_tokens(int(n)) // 8 == len(noise) // 8
 
 def test_worker_processes_open_the_files_themselves(toy):
     import pickle
@@ -194,23 +227,23 @@ def test_batches_do_not_depend_on_workers_and_continue_anywhere(toy):
         for k, batch in enumerate(other):
             assert all(torch.equal(batch[key], alone[offset + k][key]) for key in batch)
 
-def test_crops_and_tokens_belong_together(toy):
+def test_crops_and_tokens_belong_together(toy, tmp_path):
     pack = Pack(toy)
     offsets = np.concatenate([[0], np.cumsum([num_tokens(int(n)) for n in pack.samples])])
-    tokens = np.arange(offsets[-1]).astype(np.uint16)
-    clips = Clips([pack], crop=2560 * 4 + 240, align=data.ROW, tokens=[(tokens, offsets)])
+    np.arange(offsets[-1]).astype(np.uint16).tofile(tmp_path / "tokens.bin")
+    clips = Clips([pack], crop=2560 * 4 + 240, align=data.ROW, tokens=[(Numbers(tmp_path / "tokens.bin", "<u2", offsets[-1]), offsets)])
     starts = set()
     for key in range(30):
-        item = clips[(3, key)]
+        item = {name: value[0] for name, value in clips[[(3, key)]].items()}
         first = int(item["tokens"][0]) - offsets[3]
         assert item["tokens"].tolist() == list(range(offsets[3] + first, offsets[3] + first + 32)) and first % 8 == 0
-        assert np.array_equal(item["wav"], pack.audio(3)[first // 8 * 2560:][:2560 * 4 + 240])
+        assert np.array_equal(item["wav"].numpy(), pack.audio(3)[first // 8 * 2560:][:2560 * 4 + 240])
         starts.add(first)
     assert len(starts) > 8 and max(starts) == num_tokens(48000) - 32
 
 def test_a_batch_ends_with_its_last_patch_row(ragged):
     clips = Clips([Pack(ragged)])
-    batch = collate([clips[(0, 0)], clips[(23, 0)]])
+    batch = clips[[(0, 0), (23, 0)]]
     rows = num_tokens(32400) // 8
     assert batch["wav"].shape[1] == (rows * 16 - 1) * 160 + 400 and batch["noise"].shape == (2, rows * 8)
     assert (batch["noise"][0, num_tokens(4800):] == 2).all() and not batch["wav"][0, 4800:].any()

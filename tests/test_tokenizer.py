@@ -1,4 +1,5 @@
 """Random projection, codebook, self-distilled tokenizer, the token cache."""
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -183,22 +184,58 @@ def test_code_use_closed_form():
     assert use["codes_used"] == 3 and use["perplexity"] == pytest.approx(np.exp(1.5 * np.log(2)))
     assert use["entropy_given_band"] == pytest.approx(0.5 * np.log(2))
 
-def test_token_cache(ragged, tmp_path):
-    import json
-    import shutil
+@pytest.fixture
+def pack(ragged, tmp_path):
     shutil.copytree(ragged, tmp_path / "pack")
-    pack, (tok, _) = data.Pack(tmp_path / "pack"), tokenizers()
+    return data.Pack(tmp_path / "pack")
+
+def test_token_cache(pack):
+    tok = tokenizers()[0]
     tokens, offsets = cached_tokens(tok, pack, torch.device("cpu"))
     for i in (0, 5, 23):
         alone = tok.encode(torch.from_numpy(pack.audio(i) / np.float32(32768))[None])[0]
-        assert np.array_equal(tokens[offsets[i]:offsets[i + 1]], alone.numpy())
-    files = lambda: sorted(p.name for p in (tmp_path / "pack").glob("tokens-*"))
+        tokens.read_into(kept := np.empty(len(alone), "<u2"), offsets[i])
+        assert np.array_equal(kept, alone.numpy())
+    files = lambda: sorted(p.name for p in pack.path.glob("tokens-*"))
     first = files()
+    tok.encode = None                                                       # not asked again
     cached_tokens(tok, pack, torch.device("cpu"))
-    assert files() == first and len(first) == 1
+    assert files() == first and len(first) == 1 and first[0].endswith(".bin")
+
+def test_tokens_of_another_tokenizer_or_sound_are_not_used(pack, tmp_path):
+    tok = tokenizers()[0]
     before = token_id(tok, pack)
-    tok.encoder.blocks[0].fc1.bias.data[0] += 1e-3                          # one weight
+    for p in (tok.encoder.blocks[0].fc1.bias.data[:1], tok.codebook.weight[:1]):    # one weight, one code
+        p += 1e-3
+        assert token_id(tok, pack) != before
+        p -= 1e-3
+    tok.encoder.cfg.fbank_mean += 1e-4                                              # statistics
     assert token_id(tok, pack) != before
-    tok.encoder.blocks[0].fc1.bias.data[0] -= 1e-3
-    pack.info["audio_sha256"] = "another clip"                              # one clip
-    assert token_id(tok, pack) != before
+    tok.encoder.cfg.fbank_mean -= 1e-4
+    rows = [dict(path=f"{i}", labels=[], split="", group="") for i in range(24)]
+    for change in (0, 1 / 32768):                                                   # one sample of one clip
+        read = lambda row: pack.audio(int(row["path"])) / np.float32(32768) + np.float32(change) * (row["path"] == "7") * np.eye(1, pack.samples[int(row["path"])], 99, np.float32)[0]
+        other = data.write_pack(tmp_path / f"copy{change}", rows, read)
+        assert (token_id(tok, other) == token_id(tok, data.Pack(tmp_path / "copy0"))) == (change == 0)
+
+def test_half_written_tokens_are_finished_not_trusted(pack):
+    tok = tokenizers()[0]
+    tokens, offsets = cached_tokens(tok, pack, torch.device("cpu"))
+    path = Path(tokens.path)
+    whole = np.fromfile(path, "<u2")
+    half = whole.copy()
+    half[offsets[3]:offsets[9]] = 65535                                     # never reached
+    half[offsets[12] + 5:offsets[13]] = 65535                               # cut in the middle of a clip
+    path.unlink()
+    half.tofile(path.with_suffix(".partial"))
+    asked, encode = [], tok.encode
+    tok.encode = lambda wav, lengths: asked.append(len(wav)) or encode(wav, lengths)
+    cached_tokens(tok, pack, torch.device("cpu"))
+    assert sum(asked) == 7 and np.array_equal(np.fromfile(path, "<u2"), whole) and not list(path.parent.glob("*.partial"))
+
+def test_a_token_file_of_the_wrong_size_is_refused(pack):
+    tok = tokenizers()[0]
+    path = cached_tokens(tok, pack, torch.device("cpu"))[0].path
+    Path(path).write_bytes(b"00")
+    with pytest.raises(ValueError, match="2 bytes instead of"):
+        cached_tokens(tok, pack, torch.device("cpu"))
