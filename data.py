@@ -44,6 +44,7 @@ from model import BANDS, FRAME, HOP, MIN_SAMPLES, PATCH, SAMPLE_RATE, fbank, num
 ROW = PATCH * HOP                   # samples from one patch row to the next
 SHARD_BYTES = 4 * 2**30
 STRETCH = 600                       # seconds of a long file that are read at a time
+SYNC_SECONDS = 5                    # between the journal's entries while packing
 INDEX = np.dtype([("shard", "i4"), ("offset", "i8"), ("samples", "i4"), ("row", "i4"), ("crc", "u4")])      # row: line of clips.csv
 
 # -----------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
                 skipped.append({"path": rows[number]["path"], "reason": result})
             if fresh:
                 pending.append(result if isinstance(result, str) else [(len(piece), crc) for piece, crc in pieces])
-            if time.time() > synced + 5:
+            if time.time() > synced + SYNC_SECONDS:
                 sync()
                 synced = time.time()
     finally:
@@ -279,7 +280,7 @@ class Pack:
         self.path = Path(path)
         try:
             self.info = json.loads((self.path / "pack.json").read_text())
-            self.index = np.load(self.path / "index.npy", mmap_mode="r")
+            self.index = np.load(self.path / "index.npy", mmap_mode="r").view(np.ndarray)
             again = f"remove {path} and make it again from {self.info['source']}"
         except (OSError, ValueError, KeyError):
             raise UserError(f"{path} is not a pack (no readable pack.json and index.npy); make one: "
@@ -301,7 +302,8 @@ class Pack:
 
     def read_into(self, out, i, start=0):
         """Fill `out`, contiguous int16, with clip i from sample `start` on."""
-        self.shards[self.index["shard"][i]].read_into(out, self.index["offset"][i] + start)
+        shard, offset = self.index[i].item()[:2]
+        self.shards[shard].read_into(out, offset + start)
 
     def audio(self, i, start=0, samples=None) -> np.ndarray:
         """Clip i, or `samples` of it from `start` on: (n,) int16."""

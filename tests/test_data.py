@@ -1,5 +1,11 @@
 """Packs, reading audio, and the order of batches."""
 import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,7 +119,6 @@ def test_other_mistakes(tmp_path, toy):
             data.main(arguments)
 
 def test_a_damaged_shard_is_noticed(tmp_path, ragged):
-    import shutil
     shutil.copytree(ragged, tmp_path / "pack")
     shard = tmp_path / "pack/audio-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
@@ -253,3 +258,114 @@ def test_held_out_files_are_not_trained_on(toy, ragged):
     train, valid = data.hold_out(packs)
     assert not set(np.concatenate(train)) & set(np.concatenate(valid))
     assert sorted(np.concatenate(train + valid).tolist()) == list(range(104)) and [len(v) for v in valid] == [4, 2]
+
+# ---- at the size of AudioSet
+
+def pack_slowly(out, delay=0.0):
+    torch.set_num_threads(1)                                # a forked process must not touch its parent's threads
+    rows = [dict(path=str(i), labels=[], split="", group="") for i in range(400)]
+    def read(row):
+        time.sleep(delay)
+        rng = np.random.default_rng(int(row["path"]))
+        if rng.random() < 0.1:
+            raise UserError(f"{row['path']} is broken")
+        return rng.uniform(-1, 1, rng.integers(1000, 40000)).astype(np.float32)
+    data.write_pack(out, rows, read, max_seconds=1.0, workers=2)
+
+def test_a_packing_killed_anywhere_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr(data, "SYNC_SECONDS", 0.1)
+    pack_slowly(tmp_path / "whole")
+    journal, done = tmp_path / "killed.partial/journal", []
+    for seconds in np.random.default_rng().uniform(0, 0.5, 10):             # killed at random moments of its writing
+        before = journal.stat().st_mtime_ns if journal.exists() else 0
+        process = multiprocessing.get_context("fork").Process(target=pack_slowly, args=(tmp_path / "killed", 0.02))
+        process.start()
+        while process.is_alive() and not (journal.exists() and journal.stat().st_mtime_ns > before):
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.kill()
+        process.join()
+        if not journal.exists():
+            break                                           # it was faster
+        done.append(journal.read_bytes().count(b"\n"))
+    assert done == sorted(done) and done[-1] > done[0]      # each went on where the one before was
+    if journal.exists():
+        pack_slowly(tmp_path / "killed")
+    names = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "killed").iterdir()) and len(names) > 10
+    for name in names:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+def test_a_packing_of_other_files_starts_anew_and_two_at_once_are_refused(tmp_path):
+    import fcntl
+    partial = tmp_path / "pack.partial"
+    partial.mkdir()
+    (partial / "journal").write_text("of something else\n[[16000, 1]]\n")
+    (partial / "audio-00000.bin").write_bytes(b"1234")
+    with open(partial / "journal") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another data.py is at it"):
+            pack_slowly(tmp_path / "pack")
+    pack_slowly(tmp_path / "pack")
+    pack_slowly(tmp_path / "other")
+    assert (tmp_path / "pack/index.npy").read_bytes() == (tmp_path / "other/index.npy").read_bytes() and not Pack(tmp_path / "pack").damaged()
+
+def test_check_finds_the_clip_that_changed(tmp_path, ragged):
+    shutil.copytree(ragged, tmp_path / "pack")
+    pack = Pack(tmp_path / "pack")
+    with open(tmp_path / "pack/audio-00000.bin", "r+b") as f:
+        f.seek(2 * int(pack.index["offset"][7]) + 100)
+        f.write(b"xx")
+    with pytest.raises(UserError, match="1 clips are not what was packed, number 7"):
+        data.main(["check", str(tmp_path / "pack")])
+
+def test_long_files_are_read_by_stretches(write_wav, monkeypatch):
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (44100 * 7, 2)).astype(np.float32)
+    path = write_wav("long.wav", x, 44100, subtype="FLOAT")
+    whole, part = read_audio(path), read_audio(path, 1.25, 6.5)
+    monkeypatch.setattr(data, "STRETCH", 2)
+    assert np.abs(read_audio(path) - whole).max() < 1e-6 and len(read_audio(path)) == len(whole) == 7 * 16000
+    assert np.abs(read_audio(path, 1.25, 6.5) - part).max() < 1e-6
+
+MEASURE = """
+import os, sys, time, numpy as np, data
+def resident():                                             # MB: of this process alone, and with what it shares
+    with open("/proc/self/status") as f:
+        kb = dict(line.split(":") for line in f)
+    return int(kb["RssAnon"].split()[0]) / 1024, int(kb["VmRSS"].split()[0]) / 1024
+before, began = resident()[1], time.time()
+pack = data.Pack(sys.argv[1])
+print("open", time.time() - began, resident()[1] - before)
+clips, began = data.Clips([pack]), time.time()
+plan = lambda epoch: data.epoch_batches(clips.samples, 5600 * 16000, (0, epoch), multiple=8)
+stream = data.Stream(plan, 0)
+batches = iter(stream)
+next(batches)
+print("order", time.time() - began)
+began, before = time.time(), resident()
+small = data.Stream(lambda epoch: data.epoch_batches(clips.samples, 20 * 16000, (0, epoch)), 0)
+for k, batch in zip(range(10000), data.loader(clips, small, workers=0)):
+    if k == 1000:
+        before = resident()
+after = resident()
+print("batches", time.time() - began, after[0] - before[0], after[1] - before[1])
+"""
+
+@pytest.mark.slow
+def test_two_million_clips(tmp_path):
+    n, length = 2_000_000, 160_000
+    index, per = np.zeros(n, data.INDEX), data.SHARD_BYTES // 2 // length
+    index["shard"], index["offset"], index["samples"], index["row"] = np.arange(n) // per, np.arange(n) % per * length, length, np.arange(n)
+    shards = [int(x) * length for x in np.bincount(index["shard"])]
+    np.save(tmp_path / "index.npy", index)
+    for shard, samples in enumerate(shards):
+        with open(tmp_path / f"audio-{shard:05d}.bin", "wb") as f:
+            f.truncate(2 * samples)                         # a hole: no disk space
+    (tmp_path / "pack.json").write_text(json.dumps(dict(version=2, id="x", source="nothing", classes=[], clips=n, shards=shards)))
+    out = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], cwd=Path(data.__file__).parent, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    said = {line.split()[0]: [float(x) for x in line.split()[1:]] for line in out.stdout.splitlines()}
+    assert said["open"][0] < 2 and said["open"][1] < 150    # seconds, MB
+    assert said["order"][0] < 4                             # 2 s on a quiet machine
+    assert said["batches"][1] < 10 and said["batches"][2] < 10      # MB more after 10,000 batches than after 1,000

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -206,7 +207,8 @@ train_tokenizer.main(data={toy!r}, out_dir={out!r}, teacher={teacher!r}, max_ste
 for mine in seen:
     first = mine.clone(); dist.broadcast(first, 0); assert torch.equal(mine, first)
 assert not torch.equal(seen[0], seen[-1])
-open({out!r} + f"/equal{{dist.get_rank()}}", "w").write(str(len(seen))); dist.destroy_process_group()
+open({out!r} + f"/equal{{dist.get_rank()}}", "w").write(str(len(seen)))
+dist.barrier(); dist.destroy_process_group()
 """
 
 def test_codebooks_are_equal_on_all_ranks(toy, loop, tmp_path):
@@ -223,6 +225,25 @@ def test_two_ranks_run_the_loop(ragged, toy, tmp_path):
     torchrun(2, "train_mam.py", *out, ragged, *small, "--iter", 2)
     two = torchrun(2, "finetune.py", *out, ragged, "--init", tmp_path / "mam_iter2.pt", "--eval_every", 2)
     assert "over 3 folds" in two
+
+@pytest.mark.slow
+def test_two_nodes_run_as_one(toy, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
+               "--rdzv_endpoint", f"127.0.0.1:{port}", "train_mam.py", "--data", toy, "--out_dir", str(tmp_path), "--max_steps", "3",
+               "--batch_seconds", "8", "--device", "cpu", "--log_every", "1"]
+    nodes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+             for _ in range(2)]
+    said = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], "".join(said)
+    assert sum("on 2 x cpu" in text for text in said) == 1 and (tmp_path / "mam_iter1.pt").exists()     # one rank of the two prints and saves
+
+def test_resuming_on_other_sounds_is_refused(toy, ragged, tmp_path):
+    train_mam.main(data=toy, out_dir=str(tmp_path), max_steps=1, **FAST)
+    with pytest.raises(UserError, match="begun on other sounds"):
+        train_mam.main(data=ragged, out_dir=str(tmp_path), resume=True)
 
 # ---- the command line
 
