@@ -469,8 +469,9 @@ def loader(dataset, batches, workers=0):
                                        pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
 
 def to_device(batch, device):
-    """Tensors to the device, without waiting for it; wav becomes float32 in [-1, 1]."""
-    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    """Tensors to the device, without waiting for it; wav becomes float32 in [-1, 1]. full: no clip has padding tokens."""
+    full = bool((num_tokens(batch["lengths"]) == num_tokens(batch["wav"].shape[1])).all())
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()} | dict(full=full)
     batch["wav"] = batch["wav"].float() / 32768
     return batch
 

@@ -226,12 +226,17 @@ class RelativeBias(nn.Module):
         bias = self.table[relative_bucket(distance, self.buckets, self.max_distance)]   # (2T + 1, H)
         return bias[positions[:, None, :] - positions[:, :, None] + T].permute(0, 3, 1, 2)      # [query, key]
 
-def attend(q, k, v, bias, dropout=0.0):
-    """softmax(q k^T / sqrt(hd) + bias) v. q, k, v: (B, H, T, hd); bias: (B, H, T, T)."""
+def attend(q, k, v, gate, bias, key_bias, dropout=0.0):
+    """softmax(q k^T / sqrt(hd) + gate * bias + key_bias) v.
+
+    q, k, v: (B, H, T, hd); gate: (B, H, T, 1); bias: (B or 1, H, T, T); key_bias: (B, 1, 1, T) or None.
+    """
     if q.is_cuda:
+        bias = gate * bias if key_bias is None else gate * bias + key_bias
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout)
-    # on CPU the fused kernel's backward with a dense bias is several times slower than the three plain steps
-    att = (q * q.shape[-1]**-0.5) @ k.transpose(-1, -2) + bias
+    # on CPU the fused kernel's backward with a dense bias is several times slower than the plain steps
+    att = torch.addcmul((q * q.shape[-1]**-0.5) @ k.transpose(-1, -2), gate, bias)
+    att = att if key_bias is None else att + key_bias
     return F.dropout(att.softmax(-1), dropout, training=dropout > 0) @ v
 
 class Attention(nn.Module):
@@ -252,10 +257,7 @@ class Attention(nn.Module):
         weight, offset = self.gate.weight.view(2, 4, -1).sum(1), self.gate.bias.view(2, 4).sum(1)
         u, r = F.linear(q, weight, offset).sigmoid().split(1, dim=-1)                   # (B, H, T, 1)
         gate = u * (r * self.gate_scale[:, None, None] - 1) + 2
-        bias = gate * bias                                                              # (B, H, T, T)
-        if key_bias is not None:
-            bias = bias + key_bias
-        y = attend(q, k, v, bias, self.dropout if self.training else 0.0)
+        y = attend(q, k, v, gate, bias, key_bias, self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 class Block(nn.Module):
@@ -331,7 +333,7 @@ class Encoder(nn.Module):
     def forward(self, patches, valid=None, keep=None, all_layers=False):
         """patches: (B, T, 256) normalised; valid: (B, T) True = real, None = all.
 
-        keep: (B, K) ascending indices of the tokens the encoder may see, T where a clip has fewer. Kept tokens stay
+        keep: (B, K) ascending indices of the tokens the encoder may see, T where a padded clip has fewer. Kept tokens stay
         at their true positions: the position convolution runs on the full grid with zeros elsewhere, the relative
         bias is indexed by the kept positions. Masked patches are never looked at.
         Returns (B, T or K, D), or with all_layers the list of layers + 1 states, the first being the first block's input.
@@ -345,9 +347,11 @@ class Encoder(nn.Module):
         else:
             x = take(patches, keep.clamp(max=T - 1))
             x = self.input_dropout(self.proj(self.ln_patch(self.patch(x))))             # (B, K, D)
-            grid = put(x, keep, T + 1)[:, :T]       # place T takes the surplus and is cut off
+            # as dropout does, kept tokens make up for the others: else the convolution answers 4 times louder when all are there
+            share = keep.shape[1] / T if valid is None else (keep < T).sum(1).clamp(min=1)[:, None, None] / valid.sum(1).clamp(min=1)[:, None, None]
+            grid = put(x / share, keep, T + 1)[:, :T]       # place T takes the surplus and is cut off
             x = x + take(self.conv_position(grid), keep.clamp(max=T - 1))
-            valid = keep < T
+            valid = None if valid is None else keep < T
         x = self.dropout(self.ln(x))
         bias, key_bias = self.position_bias(T, keep), key_padding_bias(valid)
         states = [x]

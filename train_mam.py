@@ -85,6 +85,7 @@ def prepare(batch, encoder, tokenizer, cfg):
     labels = labels.masked_fill(~valid | is_silent(features), -1)               # silence is not worth predicting
     keep, masked = random_mask(batch["noise"], valid, cfg.mask_ratio)
     targets = F.pad(labels, (0, 1), value=-1).gather(1, masked)
+    valid = None if batch.get("full") else valid                                # no padding: attention need not look for it
     return dict(patches=patchify(encoder.normalise(features)), valid=valid, keep=keep, masked=masked), targets, labels
 
 def loss_and_correct(model, inputs, targets):

@@ -253,16 +253,33 @@ def test_layers(random_encoder):
     assert torch.equal(states[-1], random_encoder.features(wav)[0])
 
 def test_kept_tokens_stand_at_their_true_positions(random_encoder):
-    # independent truth: the full-length forward in which all other tokens are padding
+    # independent truth: the full-length forward in which all other tokens are padding, and the position convolution hears the rest louder
     patches = torch.randn(3, 64, 256)
     kept = torch.rand(3, 64) < 0.25
     kept[0] = torch.arange(64) % 5 == 0
     K = int(kept.sum(1).max())
     keep = torch.where(kept, torch.arange(64), 64).sort(1).values[:, :K]
+    real = torch.ones(3, 64, dtype=torch.bool)
     with torch.no_grad():
-        compact, full = random_encoder(patches, keep=keep), random_encoder(patches, valid=kept)
+        compact = random_encoder(patches, real, keep)
+        conv = random_encoder.conv_position.forward
+        random_encoder.conv_position.forward = lambda x: conv(x * (64 / kept.sum(1))[:, None, None])
+        full = random_encoder(patches, valid=kept)
     for i in range(3):
         assert (compact[i, :kept[i].sum()] - full[i, kept[i]]).abs().max() < 1e-5
+        assert (random_encoder(patches[i:i + 1], None, keep[i:i + 1, :kept[i].sum()]) - compact[i, :kept[i].sum()]).abs().max() < 1e-5     # no padding at all
+
+def test_the_position_convolution_is_as_loud_in_pretraining_as_later(random_encoder):
+    patches, keep = torch.randn(1, 256, 256).expand(1, 256, 256), torch.rand(1, 256).argsort(1)[:, :64].sort(1).values
+    heard, conv = [], random_encoder.conv_position.forward
+    random_encoder.conv_position.forward = lambda x: heard.append(conv(x)) or heard[-1]
+    with torch.no_grad():
+        random_encoder(patches)
+        random_encoder(patches, keep=keep)
+        random_encoder(patches.mean(1, keepdim=True).expand(1, 256, 256))           # the part that all patches share
+        random_encoder(patches.mean(1, keepdim=True).expand(1, 256, 256), keep=keep)
+    level = [h[:, 64:192].abs().mean() for h in heard]
+    assert 0.7 < level[1] / level[0] < 2.5 and level[3] / level[2] == pytest.approx(1, rel=0.3)
 
 def micro_mam(seed=0):
     torch.manual_seed(seed)

@@ -1,0 +1,291 @@
+"""
+How fast each piece is, and how close to this machine's limit.
+
+    python bench.py                                     # every piece, tiny and base, float32; a table and out/bench.json
+    python bench.py --model base --dtype bfloat16 --only encoder,mam --compile
+    python bench.py --model base --only encoder --peer openbeats        # alternating with pip install openbeats, and the ratio
+    python bench.py --only data --data packs/mine       # reading a pack, against copying memory and decoding FLAC
+    python bench.py --figure out/cost.png               # cost per token against clip length and batch
+
+Pieces run in turn, --runs times after a warm-up, so that a drifting machine is the same for all; medians, with the spread.
+`limit` is the share of the machine's matrix rate, measured in the same rounds: products of the model's own shape in the same
+precision. It counts the arithmetic of matrix products and convolutions only (torch's own counter), so nothing can reach 100 %.
+"""
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import common
+import data
+import train_mam
+import train_tokenizer
+from common import UserError, autocast
+from model import PRESETS, Classifier, Encoder, MaskedAudioModel, encoder_to_official, fbank, patchify, valid_tokens
+from tokenizer import RandomProjectionTokenizer, SelfDistilledTokenizer
+
+@dataclass
+class Config:
+    model: str = "tiny,base"        # sizes, of tiny, base, large
+    only: str = "fbank,patches,encoder,mam,mam2,mam2-live,tokenizer,finetune,data"     # pieces; see the table they print
+    clips: int = 4                  # in a batch
+    seconds: float = 10.0           # of a clip
+    dtype: str = "float32"          # auto | float32 | bfloat16
+    compile: bool = False           # torch.compile the models
+    runs: int = 5                   # timed rounds, after one to warm up
+    peer: str = ""                  # openbeats: its encoder, with our weights, beside ours
+    data: str = ""                  # pack for the data piece; none = made-up clips
+    figure: str = ""                # PNG of cost per token against clip length and batch, instead of the table
+    device: str = "auto"            # auto | cpu | cuda
+    out: str = "out/bench.json"     # results
+
+# -----------------------------------------------------------------------------
+# measuring
+
+def seconds_of(function, device):
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+def peak_memory(function, device):
+    """MB that function holds at most. On Linux, the rise of the process's own high-water mark."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() / 2**20
+    kilobytes = lambda key: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+    try:
+        Path("/proc/self/clear_refs").write_text("5")           # forget the mark
+        before = kilobytes("VmRSS")
+        function()
+        return (kilobytes("VmHWM") - before) / 1024
+    except OSError:
+        return float("nan")
+
+def measure(pieces, runs, device):
+    """{name: function} -> {name: [seconds, ...]}, taking turns."""
+    times = {name: [] for name in pieces}
+    for turn in range(runs + 1):
+        for name, function in pieces.items():
+            took = seconds_of(function, device)
+            if turn:
+                times[name].append(took)
+    return times
+
+def flops_of(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+# -----------------------------------------------------------------------------
+# what is measured
+
+def matrix_product(cfg, tokens, device, dtype):
+    """The model's widest product, (tokens, dim) x (dim, ffn), as often as takes some 0.2 s."""
+    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    a, b = torch.randn(tokens, cfg.dim, device=device, dtype=kind), torch.randn(cfg.dim, cfg.ffn, device=device, dtype=kind)
+    repeat = max(1, int(2e10 / (2 * tokens * cfg.dim * cfg.ffn)))
+    def run():
+        for _ in range(repeat):
+            a @ b
+    return run, repeat * 2 * tokens * cfg.dim * cfg.ffn
+
+def pieces_of(size, cfg, device):
+    """{name: function} of one model size; each function does one batch or one optimizer step."""
+    torch.manual_seed(0)
+    B, n = cfg.clips, round(cfg.seconds * data.SAMPLE_RATE)
+    batch = dict(wav=0.1 * torch.randn(B, n), lengths=torch.full((B,), n))
+    batch["noise"] = torch.rand(valid_tokens(batch["lengths"], n).shape)
+    batch = {key: value.to(device) for key, value in batch.items()}
+    wav, lengths = batch["wav"], batch["lengths"]
+    features = fbank(wav)
+    encoder = Encoder(PRESETS[size]).to(device).eval()
+    frozen = Encoder(PRESETS[size]).to(device).eval().requires_grad_(False)
+    if cfg.compile:
+        encoder.compile()
+
+    @torch.no_grad()
+    def forward():
+        with autocast(device, cfg.dtype):
+            encoder.features(wav, lengths)
+
+    def step(model, loss_of):
+        """Forward, backward, clip, AdamW."""
+        model = model.to(device).train()
+        if cfg.compile:
+            model.compile()
+        optimizer = common.make_optimizer(model, 1e-5, 0.01)
+        def run():
+            with autocast(device, cfg.dtype):
+                loss = loss_of(model)
+            loss.float().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return run
+
+    blocks, width = (2, 128) if size == "tiny" else (3, 0)
+    settings = train_mam.Config(dtype=cfg.dtype)
+    def mam(labels, tokens=None):
+        def loss_of(model):
+            given = batch if tokens is None else batch | dict(tokens=tokens)
+            inputs, targets, _ = train_mam.prepare(given, model.encoder, labels, settings)
+            return train_mam.loss_and_correct(model, inputs, targets)[0] / targets.numel()
+        return step(MaskedAudioModel(Encoder(PRESETS[size]), 1024, blocks, width), loss_of)
+    def distil(model):
+        patches, valid, target, _ = train_tokenizer.prepare(batch, model.encoder, frozen)
+        distance, commitment, _, _ = train_tokenizer.losses(model, patches, valid, target, model.target_mean)
+        return (distance + commitment) / valid.sum()
+    projection = RandomProjectionTokenizer().to(device)
+    distilled = lambda: SelfDistilledTokenizer(Encoder(PRESETS[size]), target_width=frozen.cfg.dim)
+    classify = lambda model: model(*model.encoder.patches(wav, lengths)).float().square().mean()
+    make = dict(
+        fbank=lambda: lambda: fbank(wav),
+        patches=lambda: lambda: patchify(encoder.normalise(features)),
+        encoder=lambda: forward,                                                # waveform -> features
+        mam=lambda: mam(projection),                                            # iteration 1
+        mam2=lambda: mam(None, torch.randint(1024, batch["noise"].shape, device=device)),       # iteration 2, cached tokens
+        tokenizer=lambda: step(distilled(), distil),
+        finetune=lambda: step(Classifier(Encoder(PRESETS[size]), [str(k) for k in range(50)]), classify))
+    make["mam2-live"] = lambda: mam(distilled().to(device).eval())              # the same, tokenized on the fly
+    return {name: make[name]() for name in cfg.only.split(",") if name in make}, encoder
+
+def openbeats(encoder, cfg, device):
+    """The encoder of pip install openbeats with our weights; it has to give our outputs."""
+    try:
+        from openbeats.beats_encoder import BeatsEncoder
+    except ImportError:
+        raise UserError("--peer openbeats: pip install openbeats") from None
+    settings, state = encoder_to_official(encoder)
+    peer = BeatsEncoder(input_size=0, beats_config=settings, is_pretraining=False).eval().to(device)
+    peer.load_state_dict(state, strict=False)
+    torch.manual_seed(0)
+    n = round(cfg.seconds * data.SAMPLE_RATE)
+    wav, lengths = (0.1 * torch.randn(cfg.clips, n)).to(device), torch.full((cfg.clips,), n, device=device)
+    @torch.no_grad()
+    def forward():
+        with autocast(device, cfg.dtype):
+            return peer(wav, lengths)[0]
+    with torch.no_grad(), autocast(device, cfg.dtype):
+        print(f"largest difference between openbeats' output and ours: {(forward() - encoder.features(wav, lengths)[0]).abs().max():.2g}")
+    return forward
+
+def reading(cfg):
+    """Batches from a warm pack, the same clips decoded from FLAC, and the copying that the first cannot avoid; seconds per clip each."""
+    import soundfile
+    with tempfile.TemporaryDirectory() as folder:
+        if cfg.data:
+            pack = data.Pack(cfg.data)
+        else:
+            rows = [dict(path=str(i), labels=[], split="", group="") for i in range(256)]
+            tone = lambda i: np.sin(np.cumsum(np.random.default_rng(i).uniform(0.01, 0.5, 100).repeat(1600)))
+            read = lambda row: (tone(int(row["path"])) + 0.05 * np.random.default_rng(0).standard_normal(160_000)).astype(np.float32) / 4
+            pack = data.write_pack(Path(folder) / "pack", rows, read, source="made up")
+        clips = data.Clips([pack])
+        batches = [[(int(i), 0, k) for k, i in enumerate(b)] for b in data.epoch_batches(clips.samples, 320 * data.SAMPLE_RATE, (0, 0))][:10]
+        chosen = [item[0] for batch in batches for item in batch]
+        for i in set(chosen):
+            soundfile.write(f"{folder}/{i}.flac", pack.audio(i), data.SAMPLE_RATE)
+        memory = [pack.audio(i) for i in chosen]
+        for i in chosen:
+            soundfile.read(f"{folder}/{i}.flac")
+        times = measure(dict(pack=lambda: [clips[batch] for batch in batches], flac=lambda: [soundfile.read(f"{folder}/{i}.flac", dtype="int16") for i in chosen],
+                             copy=lambda: [wav.copy() for wav in memory]), cfg.runs, torch.device("cpu"))
+    rate = {name: sorted(len(chosen) / t for t in took) for name, took in times.items()}
+    middle = {name: statistics.median(r) for name, r in rate.items()}
+    seconds = pack.samples[chosen].mean() / data.SAMPLE_RATE
+    print(f"data, clips of {seconds:.1f} s on one core: " + ", ".join(f"{name} {middle[name]:.0f} ({r[0]:.0f}-{r[-1]:.0f}) clips/s" for name, r in rate.items())
+          + f"; the pack at {middle['pack'] / middle['flac']:.1f}x FLAC and {100 * middle['pack'] / middle['copy']:.0f} % of copying")
+    return dict(piece="data", clip_seconds=float(seconds), clips_per_second=middle, over_flac=middle["pack"] / middle["flac"], of_copying=middle["pack"] / middle["copy"])
+
+# -----------------------------------------------------------------------------
+
+def table(cfg, device):
+    results = []
+    print(f"{'model':6} {'piece':10} {'ms':>8} {'spread':>15} {'audio s/s':>10} {'GFLOP':>8} {'limit':>6} {'MB':>7}")
+    for size in cfg.model.split(","):
+        pieces, encoder = pieces_of(size, cfg, device)
+        if cfg.peer and "encoder" in pieces:
+            pieces["openbeats"] = openbeats(encoder, cfg, device)
+        tokens = cfg.clips * int(cfg.seconds * data.SAMPLE_RATE // data.ROW) * 8
+        flops = {name: flops_of(function) for name, function in pieces.items()}
+        memory = {name: peak_memory(function, device) for name, function in pieces.items()}
+        product, flops["matrix"] = matrix_product(encoder.cfg, tokens, device, cfg.dtype)
+        times = measure(pieces | dict(matrix=product), cfg.runs, device)
+        rate = flops["matrix"] / statistics.median(times["matrix"])
+        for name, took in times.items():
+            middle = statistics.median(took)
+            line = dict(model=size, piece=name, dtype=cfg.dtype, compiled=cfg.compile, clips=cfg.clips, clip_seconds=cfg.seconds, ms=1e3 * middle,
+                        ms_min=1e3 * min(took), ms_max=1e3 * max(took), audio_seconds_per_second=cfg.clips * cfg.seconds / middle,
+                        gflop=flops[name] / 1e9, share_of_limit=flops[name] / middle / rate, peak_mb=memory.get(name, 0.0))
+            results.append(line)
+            speed = f"{line['audio_seconds_per_second']:10.0f}" if name != "matrix" else f"{rate / 1e9:4.0f} GF/s"
+            print(f"{size:6} {name:10} {line['ms']:8.1f} {line['ms_min']:7.1f}-{line['ms_max']:<7.1f} {speed:>10} {line['gflop']:8.1f} "
+                  f"{100 * line['share_of_limit']:5.0f}% {line['peak_mb']:7.0f}")
+        if "openbeats" in times:
+            print(f"{size}: openbeats takes {statistics.median(times['openbeats']) / statistics.median(times['encoder']):.2f}x our time for the encoder")
+        if {"mam2", "mam2-live"} <= times.keys():
+            live, cached = (statistics.median(times[k]) for k in ("mam2-live", "mam2"))
+            print(f"{size}: cached tokens save {100 * (1 - cached / live):.0f} % of an iteration-2 step")
+    return results
+
+def figure(cfg, device):
+    """Milliseconds per second of audio of a forward pass and a pre-training step, against clip length and against batch."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("--figure: pip install matplotlib") from None
+    results, (left, right) = [], (panels := plt.subplots(1, 2, figsize=(9, 3.5), sharey=True))[1]
+    for size in cfg.model.split(","):
+        for axis, label, grid in ((left, "clip length in seconds, 40 s a batch", [(max(1, round(40 / s)), s) for s in (1, 2, 5, 10, 20, 30)]),
+                                  (right, "clips of 10 s in a batch", [(b, 10) for b in (1, 2, 4, 8)])):
+            cost = {}
+            for clips, seconds in grid:
+                part = Config(**{**vars(cfg), "clips": clips, "seconds": float(seconds), "only": "encoder,mam"})
+                pieces, _ = pieces_of(size, part, device)
+                flops = {name: flops_of(f) for name, f in pieces.items()}
+                for name, took in measure(pieces, cfg.runs, device).items():
+                    cost.setdefault(name, []).append((seconds if axis is left else clips, 1e3 * statistics.median(took) / clips / seconds))
+                    results.append(dict(model=size, piece=name, clips=clips, clip_seconds=seconds, ms_per_second=cost[name][-1][1], gflop=flops[name] / 1e9))
+                    print(f"{size} {name} {clips} x {seconds} s: {cost[name][-1][1]:.1f} ms and {flops[name] / 1e9 / clips / seconds:.2f} GFLOP per second of audio", flush=True)
+            for name, points in cost.items():
+                axis.plot(*zip(*points), "o-", label=f"{size} {name}")
+            axis.set_xlabel(label)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+    left.set_ylabel("ms per second of audio")
+    left.set_yscale("log")
+    right.legend(frameon=False)
+    panels[0].tight_layout()
+    panels[0].savefig(cfg.figure, dpi=150)
+    print(f"written: {cfg.figure}")
+    return results
+
+def main(**flags):
+    cfg = Config(**flags)
+    common.positive(cfg, "clips", "seconds", "runs")
+    unknown = set(cfg.model.split(",")) - set(PRESETS)
+    if unknown:
+        raise UserError(f"--model {cfg.model}: sizes are {', '.join(PRESETS)}")
+    device = common.setup(cfg.device)[2]
+    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {cfg.dtype}, {cfg.clips} clips of {cfg.seconds:g} s, {cfg.runs} runs")
+    results = figure(cfg, device) if cfg.figure else table(cfg, device) if set(cfg.only.split(",")) - {"data"} else []
+    if "data" in cfg.only.split(",") and not cfg.figure:
+        results.append(reading(cfg))
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(cfg.out).write_text(json.dumps(dict(device=device.type, threads=torch.get_num_threads(), torch=str(torch.__version__), results=results), indent=1))
+    return results
+
+if __name__ == "__main__":
+    common.run(main, Config, __doc__)
