@@ -168,9 +168,8 @@ def code_vectors(tok):
     vectors = tok.centroids if isinstance(tok, KMeansTokenizer) else tok.codebook
     return vectors if torch.is_tensor(vectors) else vectors.weight
 
-def named_tokenizers(names, pack, outside, device):
-    """{name to print: tokenizer} of files and baselines; these are fitted on up to 400 of the clips outside the split."""
-    loaded = {name: load_tokenizer(name) for name in names if name not in BASELINES}
+def with_baselines(names, loaded, pack, outside, device):
+    """{name to print: tokenizer} of loaded files and of baselines, fitted on up to 400 of the clips outside the split."""
     K = next((tok.n_codes for tok in loaded.values()), 1024)
     if len(loaded) < len(names):
         chosen = np.sort(np.random.default_rng(0).permutation(outside)[:400])
@@ -400,9 +399,7 @@ def main(argv=None):
     if args.figure:
         need("sklearn"), need("matplotlib")             # before the work, not after it
     _, _, device = setup(args.device, args.seed)
-    for name in args.tokenizers:
-        if name not in BASELINES:
-            load_tokenizer(name)                        # a wrong name is told before the pack is read
+    loaded = {name: load_tokenizer(name) for name in args.tokenizers if name not in BASELINES}
     pack = data.Pack(args.data)
     labels, split, _ = pack.table()
     inside = np.arange(len(pack)) if not args.split else np.flatnonzero(split == args.split)
@@ -414,7 +411,7 @@ def main(argv=None):
     if len(chosen) < 2:
         raise UserError(f"{args.data}: fewer than two clips that are not digital silence; there is nothing to compare")
     sources = Sources(pack, labels, chosen, args.rirs, args.noises, args.seed)
-    toks = named_tokenizers(args.tokenizers, pack, outside, device)
+    toks = with_baselines(args.tokenizers, loaded, pack, outside, device)
 
     versions = [("clean", 0)] + [(condition, draw) for condition in conditions for draw in range(args.draws)]
     codes, vectors = encode(toks, sources, chosen, versions, device)
