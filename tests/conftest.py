@@ -17,6 +17,9 @@ MICRO = EncoderConfig(layers=2, dim=32, ffn=64, heads=2, patch_dim=16, conv_pos=
                       dropout=0.0, attention_dropout=0.0)
 PRESETS["micro"] = MICRO    # for the scripts' main(model="micro")
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: more than 20 s; leave out with -m 'not slow'")
+
 @pytest.fixture(scope="session")
 def golden():
     """Inputs and outputs of the official code on small models with random weights."""
