@@ -312,11 +312,10 @@ def need(package):
     try:
         return __import__(package)
     except ImportError:
-        raise UserError(f"--figure needs matplotlib and scikit-learn: pip install {dict(sklearn='scikit-learn').get(package, package)}") from None
+        raise UserError("--figure needs matplotlib and scikit-learn: pip install matplotlib scikit-learn") from None
 
 def figure(path, toks, sources, chosen, clean, device, called, condition, copies, seed):
     """t-SNE of ten clips of different classes, clean and disturbed; clean: vectors of all chosen clips; called(i): name."""
-    need("sklearn")
     need("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
     from sklearn.manifold import TSNE
@@ -333,7 +332,7 @@ def figure(path, toks, sources, chosen, clean, device, called, condition, copies
     colours, result = plt.get_cmap("tab10").colors, {}
     columns = min(3, len(vectors))
     rows = -(-len(vectors) // columns)
-    plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans"})
+    plt.rcParams["font.size"] = 9
     fig, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.35 * rows + 0.6), squeeze=False, layout="constrained")
     for number, (ax, name) in enumerate(zip(axes.flat, vectors)):
         x = vectors[name]
@@ -397,7 +396,8 @@ def main(argv=None):
         if not re.fullmatch(r"(reverb|gain|noise-?\d+)(\+(reverb|gain|noise-?\d+))*", condition):
             raise UserError(f"{condition!r} is no condition; there are reverb, gain, noise<dB> as noise10, and several joined as reverb+noise10")
     if args.figure:
-        need("sklearn"), need("matplotlib")             # before the work, not after it
+        for package in ("matplotlib", "sklearn"):       # before the work, not after it
+            need(package)
     _, _, device = setup(args.device, args.seed)
     loaded = {name: load_tokenizer(name) for name in args.tokenizers if name not in BASELINES}
     pack = data.Pack(args.data)

@@ -245,6 +245,6 @@ def test_the_figure(toy, distilled, tmp_path):
 def test_without_matplotlib_the_figure_says_what_to_install(padded, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "sklearn", sys)
-    with pytest.raises(UserError, match="pip install matplotlib"):
+    with pytest.raises(UserError, match="pip install matplotlib scikit-learn"):
         report.main(["random", "--data", padded, "--figure", "x.png"])
     assert report.main(["random", "--data", padded, "--bootstraps", "2", "--conditions", ""])["clips"] == 12    # only the figure needs it
