@@ -6,7 +6,8 @@ Acoustic tokenizers: which of 1,024 labels does each 16x16 patch have?
                                 the teacher's features from the codes; its encoder and codebook are the tokenizer
     load_tokenizer              our checkpoints and the released Tokenizer_iter*.pt
 
-    python tokenizer.py out/tokenizer_iter2.pt --data packs/esc50       # tokenize a pack, report the use of codes
+    python tokenizer.py out/tokenizer_iter2.pt folder/ --out tokens     # codes of sounds as .npy
+    python tokenizer.py out/tokenizer_iter2.pt --data packs/esc50       # what the codes are worth, see report.py
 """
 import argparse
 import dataclasses
@@ -332,20 +333,21 @@ def code_use(counts):
 
 @torch.inference_mode()
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if any(flag.split("=")[0] == "--data" for flag in argv):
+        import report
+        return report.main(argv)
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description="""
-Tokens of sounds, or of a whole pack with a report on the use of codes.
+Tokens of sounds; or, with --data, a report on the codes of one or several tokenizers (its flags: python report.py --help).
 
     python tokenizer.py Tokenizer_iter3.pt clip.wav folder/ --out tokens    # tokens/clip.npy: (tokens,), 8 bands per 160 ms
-    python tokenizer.py out/tokenizer_iter2.pt --data packs/mine            # tokens kept beside the pack, and a report""")
+    python tokenizer.py out/tokenizer_iter2.pt random --data packs/mine     # robustness, classes, use of codes, side by side""")
     parser.add_argument("tokenizer", help="a checkpoint, ours or released")
-    parser.add_argument("files", nargs="*", help="audio files, and folders of them, of any rate and length")
-    parser.add_argument("--data", help="a pack to tokenize; tokens are kept beside it")
+    parser.add_argument("files", nargs="+", help="audio files, and folders of them, of any rate and length")
     parser.add_argument("--out", help="folder of the .npy files [beside the sounds]")
     parser.add_argument("--window", type=float, default=10.0, help="longer recordings are cut into windows of these seconds [10]")
     parser.add_argument("--device", default="auto", help="[auto]")
     args = parser.parse_args(argv)
-    if not args.files and not args.data:
-        parser.error("name sound files, or a pack with --data")
     _, _, device = setup(args.device)
     tok = load_tokenizer(args.tokenizer).to(device)
 
@@ -354,15 +356,7 @@ Tokens of sounds, or of a whole pack with a report on the use of codes.
         np.save(target, codes[codes >= 0].numpy())
         print(f"{path} -> {target} ({int((codes >= 0).sum())},)")
 
-    if args.files:
-        for_each_sound(args.files, args.out, args.window, args.window, tokenize)
-    if args.data:
-        pack = data.Pack(args.data)
-        tokens = np.memmap(cached_tokens(tok, pack, device)[0].path, "<u2", "r")
-        counts = np.stack([np.bincount(tokens[band::BANDS], minlength=tok.n_codes) for band in range(BANDS)])
-        use = code_use(counts)
-        print(f"{args.data}: {len(tokens)} tokens of {len(pack)} clips, {use['codes_used']} of {tok.n_codes} codes used, "
-              f"perplexity {use['perplexity']:.1f}, entropy given the band {use['entropy_given_band']:.3f} nats")
+    for_each_sound(args.files, args.out, args.window, args.window, tokenize)
 
 if __name__ == "__main__":
     try:

@@ -3,12 +3,12 @@ Distil a teacher into an acoustic tokenizer: its codes must let an estimator pre
 
     python train_tokenizer.py --data packs/mine --iter 2                              # teacher: out/mam_iter1.pt
     python train_tokenizer.py --data packs/mine --iter 3 --teacher out/finetune_mine.pt   # a classifier teaches its logits
-    torchrun --nproc_per_node 8 train_tokenizer.py --iter 2 --crop_seconds 0 --batch_seconds 1400 --max_steps 400000 --lr 5e-5
+    torchrun --nproc_per_node 8 train_tokenizer.py --data packs/audioset --iter 2 --preset ssl --device_seconds 175     # Table 4
 
 Writes out/tokenizer_iter<k>.pt, the labels of train_mam.py --iter k, and .jsonl. The loss is 1 - cosine to the teacher's
 features plus beta times the squared distance of the encoder's vectors to their codes, over valid tokens. Glossary: cosine
-to the centred teacher's features; commitment: squared distance; codes_used, perplexity: since the last log line; revived:
-codes put to new use since then.
+to the centred teacher's features; commitment: squared distance; codes_used, dead_codes, perplexity: since the last log line;
+revived: codes put to new use since then. `python report.py out/tokenizer_iter2.pt --data PACK` says what the codes are worth.
 """
 import contextlib
 import dataclasses
@@ -26,14 +26,23 @@ from common import UserError, all_sum, autocast
 from model import BANDS, PRESETS, Classifier, Encoder, EncoderConfig, fbank, load, patchify, valid_tokens
 from tokenizer import SelfDistilledTokenizer, code_use, is_silent, tokenizer_state
 
+# Table 4 of the paper, by teacher; batches in seconds of audio over all devices
+TABLE_4 = {
+    "ssl": dict(lr=5e-5, batch_seconds=1400.0, max_steps=400_000, warmup_steps=32_000, dropout=0.1, weight_decay=0.01, crop_seconds=0.0),
+    "sl": dict(lr=5e-4, batch_seconds=1400.0, max_steps=400_000, warmup_steps=32_000, dropout=0.1, weight_decay=0.01, crop_seconds=0.0),
+}
+
 @dataclass
 class Config:
+    preset: str = ""                # ssl | sl: the paper's values for a self-supervised or supervised teacher; flags typed go before it
     iter: int = 2                   # iteration of the tokenizer; its teacher is mam_iter<k-1>.pt
     data: str = ""                  # packs and their shares of the sampled seconds, packs/a:0.7,packs/b:0.3; none = toy sounds
     teacher: str = ""               # another teacher: an encoder, or a classifier for its token logits; ours or released
     out_dir: str = "out"            # folder of checkpoints and logs
+    teacher_layers: str = "last"    # last | mean: what of a pre-trained teacher is distilled, the mean being over its blocks
     model: str = ""                 # tiny | base | large; none = the teacher's size
     from_teacher: bool = True       # start the tokenizer's encoder from the teacher's weights (if of its size)
+    dropout: float = -1.0           # of encoder and estimator, -1 = the teacher's or the model's
     codes: int = 1024               # size of the codebook
     code_dim: int = 256             # width of a code
     estimator_blocks: int = 3       # transformer blocks from codes to features
@@ -60,14 +69,15 @@ class Config:
     resume: bool = False            # continue out/tokenizer_iter<k>.pt
 
 @torch.no_grad()
-def prepare(batch, encoder, teacher):
+def prepare(batch, encoder, teacher, layers="last"):
     """Waveforms -> patches (B, T, 256), valid (B, T), teacher's features (B, T, width) in float32, silent (B, T)."""
     features = fbank(batch["wav"])
     valid = valid_tokens(batch["lengths"], batch["wav"].shape[1])
     trunk = teacher.encoder if isinstance(teacher, Classifier) else teacher
-    target = trunk(patchify(trunk.normalise(features)), valid)
+    states = trunk(patchify(trunk.normalise(features)), valid, all_layers=True)[1:]
+    target = torch.stack(states).mean(0) if layers == "mean" else states[-1]
     if isinstance(teacher, Classifier):
-        target = teacher.head(target)
+        target = teacher.head(states[-1])
     return patchify(encoder.normalise(features)), valid, target.float(), is_silent(features)
 
 def losses(model, patches, valid, target, mean):
@@ -86,7 +96,7 @@ def evaluate(model, teacher, batches, cfg, device):
     counts = torch.zeros(BANDS, cfg.codes, device=device)
     for batch in batches:
         with autocast(device, cfg.dtype):
-            patches, valid, target, _ = prepare(data.to_device(batch, device), model.encoder, teacher)
+            patches, valid, target, _ = prepare(data.to_device(batch, device), model.encoder, teacher, cfg.teacher_layers)
             distance, commitment, _, codes = losses(model, patches, valid, target, model.target_mean)
         total += torch.stack([distance, commitment, valid.sum()])
         place = codes + torch.arange(codes.shape[1], device=device) % BANDS * cfg.codes
@@ -95,11 +105,11 @@ def evaluate(model, teacher, batches, cfg, device):
     distance, commitment, n = all_sum(total).tolist()
     use = code_use(all_sum(counts).cpu())
     return dict(valid_cosine=1 - distance / max(n, 1), valid_commitment=commitment / max(n, 1), valid_codes_used=use["codes_used"],
-                valid_perplexity=use["perplexity"], entropy_given_band=use["entropy_given_band"])
+                valid_dead_codes=cfg.codes - use["codes_used"], valid_perplexity=use["perplexity"], entropy_given_band=use["entropy_given_band"])
 
 def main(**flags):
-    # configuration: defaults < checkpoint < flags typed
-    cfg = Config(**flags)
+    # configuration: defaults < preset < checkpoint < flags typed
+    cfg = Config(**{**TABLE_4.get(flags.get("preset"), {}), **flags})
     path, ckpt = f"{cfg.out_dir}/tokenizer_iter{cfg.iter}.pt", None
     if cfg.resume:
         ckpt = common.read_training(path)
@@ -115,6 +125,8 @@ def main(**flags):
                         + (f" --data {cfg.data}" if cfg.data else "") + ", or name one with --teacher")
     teacher = load(teacher_path).to(device).requires_grad_(False)
     trunk = teacher.encoder if isinstance(teacher, Classifier) else teacher
+    if isinstance(teacher, Classifier) and cfg.teacher_layers != "last":
+        raise UserError(f"--teacher_layers {cfg.teacher_layers} is for pre-trained teachers; {teacher_path} is a classifier and teaches its logits")
 
     # data
     packs, weights = data.open_packs(cfg.data or f"{cfg.out_dir}/toy")
@@ -134,6 +146,8 @@ def main(**flags):
         shape = dataclasses.replace(PRESETS[cfg.model], fbank_mean=trunk.cfg.fbank_mean, fbank_std=trunk.cfg.fbank_std)
     else:
         shape = dataclasses.replace(trunk.cfg)
+    if cfg.dropout >= 0:
+        shape = dataclasses.replace(shape, dropout=cfg.dropout, attention_dropout=cfg.dropout)
     width = len(teacher.labels) if isinstance(teacher, Classifier) else trunk.cfg.dim
     model = SelfDistilledTokenizer(Encoder(shape), cfg.codes, cfg.code_dim, cfg.estimator_blocks, width).to(device)
     if cfg.from_teacher and not ckpt and [p.shape for p in model.encoder.parameters()] == [p.shape for p in trunk.parameters()]:
@@ -148,7 +162,7 @@ def main(**flags):
         common.keep_old(path)
     model.codebook.decay = cfg.decay
     log(f"tokenizer {cfg.iter}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {cfg.codes} codes of {cfg.code_dim}, "
-        f"teacher {teacher_path} ({'token logits' if isinstance(teacher, Classifier) else 'last layer'}, {width} wide)")
+        f"teacher {teacher_path} ({'token logits' if isinstance(teacher, Classifier) else cfg.teacher_layers + ' layer'}, {width} wide)")
 
     # start of the codebook: k-means over all ranks; mean of the teacher's features
     fixed = lambda *args: data.fixed_batches(clips, args[0], min(cfg.batch_seconds, 100.0 * world), cfg.seed, *args[1:])
@@ -158,7 +172,7 @@ def main(**flags):
         model.eval()
         with torch.no_grad(), autocast(device, cfg.dtype):
             for batch in tqdm(fixed(train, 32, 0, mine), desc="k-means sample", leave=False, disable=True if rank else None):
-                patches, ok, target, silent = prepare(data.to_device(batch, device), model.encoder, teacher)
+                patches, ok, target, silent = prepare(data.to_device(batch, device), model.encoder, teacher, cfg.teacher_layers)
                 z.append(model.quantize_input(patches, ok)[ok & ~silent])
                 mean, n = mean + target[ok].sum(0), n + ok.sum()
         model.train()
@@ -189,7 +203,7 @@ def main(**flags):
         for i, part in enumerate(parts):
             with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else ddp.no_sync():
                 with autocast(device, cfg.dtype):
-                    patches, ok, target, silent = prepare(part, model.encoder, teacher)
+                    patches, ok, target, silent = prepare(part, model.encoder, teacher, cfg.teacher_layers)
                     distance, commitment, part_z, part_codes = losses(ddp, patches, ok, target, model.target_mean)
                 ((distance + cfg.beta * commitment) * world / count).float().backward()     # DDP divides by world
             z.append(part_z[ok & ~silent])          # silence is not worth codes
@@ -207,11 +221,12 @@ def main(**flags):
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             distance, commitment, n = all_sum(window).tolist()
             use = code_use(all_sum(counts)[None].cpu())
-            log(step=done, cosine=1 - distance / n, commitment=commitment / n, codes_used=use["codes_used"], perplexity=use["perplexity"],
-                revived=revived, lr=optimizer.param_groups[0]["lr"], x_realtime=seen / (time.time() - began), epoch=place[0])
-            if use["perplexity"] < 0.02 * cfg.codes:
+            log(step=done, cosine=1 - distance / n, commitment=commitment / n, codes_used=use["codes_used"],
+                dead_codes=cfg.codes - use["codes_used"], perplexity=use["perplexity"], revived=revived, lr=optimizer.param_groups[0]["lr"],
+                x_realtime=seen / (time.time() - began), epoch=place[0])
+            if use["perplexity"] < 0.05 * cfg.codes:
                 log(f"WARNING: the codebook is collapsing, {use['codes_used']} of {cfg.codes} codes in use, perplexity {use['perplexity']:.1f}; "
-                    "stop and try a lower --lr, a higher --revive or --from_teacher")
+                    "stop this run and try a lower --lr, a longer --warmup_steps, a higher --revive, or --from_teacher")
             window, counts, revived, seen, began = torch.zeros_like(window), torch.zeros_like(counts), 0, 0.0, time.time()
         paused, step = time.time(), done
         if stop.now(done, device):

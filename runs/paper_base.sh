@@ -8,6 +8,6 @@ COMMON="--data $1 --crop_seconds 0 --device_seconds 350 --max_steps 400000 --war
 MAM="--model base --batch_seconds 5600 --lr 5e-4"
 $RUN train_mam.py --iter 1 $COMMON $MAM
 for K in 2 3; do
-    $RUN train_tokenizer.py --iter $K $COMMON --batch_seconds 1400 --lr 5e-5
+    $RUN train_tokenizer.py --iter $K $COMMON --preset ssl
     $RUN train_mam.py --iter $K $COMMON $MAM
 done

@@ -1,5 +1,11 @@
 """Random projection, codebook, self-distilled tokenizer, the token cache."""
+import dataclasses
+import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import data
 import tokenizer
-from conftest import MICRO
-from model import CheckpointError, Encoder, fbank, load_official, patchify, valid_tokens
+import train_mam
+import train_tokenizer
+from conftest import MICRO, ROOT
+from model import PRESETS, CheckpointError, Classifier, Encoder, fbank, load, load_official, patchify, valid_tokens
 from tokenizer import (Codebook, RandomProjectionTokenizer, SelfDistilledTokenizer, cached_tokens, code_use, export_official_tokenizer,
                        is_silent, load_tokenizer, token_id)
 
@@ -239,3 +248,117 @@ def test_a_token_file_of_the_wrong_size_is_refused(pack):
     Path(path).write_bytes(b"00")
     with pytest.raises(ValueError, match="2 bytes instead of"):
         cached_tokens(tok, pack, torch.device("cpu"))
+
+# ---- encoding is pure
+
+@pytest.mark.parametrize("tok", tokenizers(), ids=["distilled", "projection"])
+def test_encoding_is_pure(tok):
+    """The same tokens in any batch, with any padding, whatever was encoded before; nothing changes, no chance is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([16000, 2800, 9000, 12345, 1000])
+    clips = [0.1 * torch.randn(n, generator=generator) for n in lengths]
+    state, chance = {k: v.clone() for k, v in tok.state_dict().items()}, torch.get_rng_state()
+    alone = [tok.encode(clip[None])[0] for clip in clips]
+    for order, padding, junk in (([0, 1, 2, 3, 4], 0, 0.0), ([4, 2, 0], 4000, 0.0), ([3, 3, 1], 777, 9.0)):
+        n = max(int(lengths[i]) for i in order) + padding
+        wav = torch.stack([F.pad(clips[i], (0, n - len(clips[i])), value=junk) for i in order])
+        for codes, i in zip(tok.encode(wav, lengths[order]), order):
+            assert torch.equal(codes[:len(alone[i])], alone[i]) and (codes[len(alone[i]):] == -1).all()
+    assert all(torch.equal(v, state[k]) for k, v in tok.state_dict().items()) and torch.equal(torch.get_rng_state(), chance)
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_the_same_tokens():
+    torch.manual_seed(0)
+    tok = SelfDistilledTokenizer(Encoder(dataclasses.replace(MICRO, layers=1)), 32, 8, 0).eval()
+    tok.codebook.kmeans_start_(F.normalize(torch.randn(500, 8), dim=-1))
+    wav, lengths = 0.1 * torch.randn(3, 16000), torch.tensor([16000, 2800, 9000])
+    before = tok.encode(wav, lengths)
+    tok.encoder.compile()
+    assert torch.equal(tok.encode(wav, lengths), before)
+
+# ---- distillation
+
+DISTIL = dict(codes=64, code_dim=16, estimator_blocks=1, batch_seconds=20.0, warmup_steps=2, log_every=2, device="cpu")
+
+@pytest.fixture
+def teacher(tmp_path, random_encoder):
+    """A checkpoint of a pre-trained encoder, in tmp_path."""
+    model = {f"encoder.{k}": v for k, v in random_encoder.state_dict().items()}
+    torch.save(dict(kind="mam", encoder=dataclasses.asdict(MICRO), model=model), tmp_path / "mam_iter1.pt")
+    return str(tmp_path / "mam_iter1.pt")
+
+def test_presets_are_the_papers_table(toy, teacher, tmp_path):
+    paper = dict(max_steps=400_000, warmup_steps=32_000, weight_decay=0.01, dropout=0.1, batch_seconds=1400.0)
+    for preset, lr in (("ssl", 5e-5), ("sl", 5e-4)):
+        assert dataclasses.asdict(train_tokenizer.Config(**train_tokenizer.TABLE_4[preset])).items() >= (paper | dict(lr=lr)).items()
+    train_tokenizer.main(data=toy, teacher=teacher, out_dir=str(tmp_path), preset="sl",      # flags typed go before the preset
+                         **{k: v for k, v in DISTIL.items() if k != "warmup_steps"}, max_steps=1)
+    ckpt = torch.load(tmp_path / "tokenizer_iter2.pt", weights_only=True)
+    assert ckpt["config"].items() >= dict(lr=5e-4, warmup_steps=32_000, max_steps=1, batch_seconds=20.0).items()
+    assert ckpt["encoder"]["dropout"] == ckpt["encoder"]["attention_dropout"] == 0.1
+    train_tokenizer.main(out_dir=str(tmp_path), resume=True, max_steps=2)                    # and stay in a resumed run
+    assert torch.load(tmp_path / "tokenizer_iter2.pt", weights_only=True)["config"]["lr"] == 5e-4
+
+def test_what_a_teacher_teaches(random_encoder, toy):
+    torch.manual_seed(0)
+    wav = torch.from_numpy(data.Pack(toy).audio(0)[None] / np.float32(32768))
+    batch = dict(wav=wav, lengths=torch.tensor([48000]))
+    states = random_encoder.features(wav, layer="all")[0]
+    classifier = Classifier(random_encoder, ["a", "b", "c"]).eval()
+    for teacher, layers, expect in ((random_encoder, "last", states[-1]), (random_encoder, "mean", (states[1] + states[2]) / 2),
+                                    (classifier, "last", classifier.token_logits(wav)[0])):
+        target = train_tokenizer.prepare(batch, Encoder(MICRO), teacher, layers)[2]
+        assert torch.allclose(target, expect, atol=1e-5)
+
+def test_classifiers_have_no_layers_to_choose_from(toy, tmp_path, random_encoder):
+    model = Classifier(random_encoder, ["a", "b"])
+    torch.save(dict(kind="classifier", encoder=dataclasses.asdict(MICRO), labels=model.labels, multilabel=False, model=model.state_dict()),
+               tmp_path / "c.pt")
+    with pytest.raises(common.UserError, match="--teacher_layers mean is for pre-trained teachers"):
+        train_tokenizer.main(data=toy, teacher=str(tmp_path / "c.pt"), out_dir=str(tmp_path), teacher_layers="mean", **DISTIL)
+
+def test_validation_and_a_loud_warning_on_collapse(toy, teacher, tmp_path, capsys):
+    run = lambda **flags: train_tokenizer.main(data=toy, teacher=teacher, out_dir=str(tmp_path), eval_every=4, **{**DISTIL, **flags})
+    result = run(max_steps=4)
+    assert "collaps" not in capsys.readouterr().out
+    assert result["valid_codes_used"] + result["valid_dead_codes"] == 64 and 1 <= result["valid_perplexity"] <= result["valid_codes_used"]
+    lines = [json.loads(line) for line in open(tmp_path / "tokenizer_iter2.jsonl")]
+    assert all({"cosine", "commitment", "codes_used", "dead_codes", "perplexity"} <= line.keys() for line in lines if "cosine" in line)
+    run(max_steps=20, lr=1.0, revive=0.0)                   # absurd, and told within the first lines
+    said = capsys.readouterr().out
+    assert "WARNING: the codebook is collapsing" in said and "--lr" in said
+    assert int(re.search(r"step (\d+) .*\n.*WARNING", said)[1]) <= 12
+
+def test_a_small_tokenizer_labels_for_a_larger_model(ragged, teacher, tmp_path, monkeypatch):
+    train_tokenizer.main(data=ragged, teacher=teacher, out_dir=str(tmp_path / "small"), max_steps=2, **DISTIL)
+    monkeypatch.setitem(PRESETS, "wide", dataclasses.replace(MICRO, layers=3, dim=64, ffn=128, heads=4))
+    labels = str(tmp_path / "small/tokenizer_iter2.pt")
+    result = train_mam.main(data=ragged, out_dir=str(tmp_path / "wide"), model="wide", tokenizer=labels, max_steps=3, batch_seconds=20.0,
+                            predictor_blocks=1, device="cpu")
+    assert result["step"] == 3 and np.isfinite(result["valid_loss"]) and load(tmp_path / "wide/mam_iter1.pt").cfg.dim == 64
+    assert not (tmp_path / "wide/tokenizer_iter1.pt").exists()              # no random projection was made
+    pack = data.Pack(ragged)
+    wav, lengths = data.pad_batch([pack.audio(i) / np.float32(32768) for i in range(24)])
+    assert 1 < result["codes_used"] < len(load_tokenizer(labels).encode(wav, lengths).unique())     # the labels are its codes, -1 is none
+
+@pytest.mark.slow
+def test_the_recipe_of_all_iterations_goes_on_where_it_stopped(ragged, tmp_path):
+    small = "--batch_seconds 8 --max_steps 2 --warmup_steps 1 --device cpu"
+    env = os.environ | dict(OMP_NUM_THREADS="1", OUT=str(tmp_path), MAM=f"{small} --predictor_blocks 1", TOKENIZER=f"{small} --codes 32 --code_dim 8", FINETUNE=small,
+                            PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
+    run = lambda **more: subprocess.run(["runs/iterations.sh", ragged, ragged, "2"], cwd=ROOT, env=env | more, capture_output=True, text=True, timeout=600)
+    broken = run(FINETUNE="--max_steps 0")
+    assert broken.returncode and "--max_steps 0: has to be above 0" in broken.stderr and (tmp_path / "mam_iter3.pt").exists()
+    ckpt = torch.load(tmp_path / "mam_iter3.pt", weights_only=True)         # as if interrupted after the first of two steps
+    torch.save(ckpt | dict(step=1), tmp_path / "mam_iter3.pt")
+    first = os.path.getmtime(tmp_path / "mam_iter2.pt")
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("is finished") == 4 and "mam_iter3.pt" not in re.findall(r"(\S+) is finished", done.stdout)
+    assert re.findall(r"^\+ python (\S+) .*--resume", done.stdout, re.M) == ["train_mam.py"]
+    assert os.path.getmtime(tmp_path / "mam_iter2.pt") == first
+    for name in ("mam_iter3.pt", "plus/mam_iter3.pt", "finetune_teacher_fold2.pt"):
+        assert torch.load(tmp_path / name, weights_only=True)["step"] == 2
+    assert torch.load(tmp_path / "plus/tokenizer_iter3.pt", weights_only=True)["tokenizer"]["target_width"] == 2      # class logits
+    report = json.loads((tmp_path / "report.json").read_text())["tokenizers"]
+    assert len(report) == 6 and done.stdout.count("accuracy") >= 5
