@@ -391,7 +391,7 @@ def lr_times(name, layers, cfg):
     return cfg.lr_decay**(layers + 1 - layer) * (cfg.head_lr if head else 1.0)
 
 def probabilities(model, pack, which, cfg, device, text=""):
-    """(len(which), K) float64, in the order of pack.classes."""
+    """A classifier's (len(which), K), float64."""
     model.eval()
     logits = over_clips(pack, which, model.logits, device, cfg.dtype, text).double()    # float32 sigmoids saturate, which makes ties
     model.train()
@@ -404,9 +404,10 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     if cfg.resume and Path(path).exists():
         ckpt = common.read_training(path)
         cfg = Config(**{**ckpt["config"], **flags})
+        begun, typed = Config(**ckpt["config"]), Config(**flags)
         for key in ["data", "test_split", "valid_share"] + ["task"] * ("task" in flags):
-            if getattr(Config(**flags), key) != ckpt["config"][key]:
-                raise UserError(f"{path} was begun with --{key} {ckpt['config'][key]}; type the same to resume")
+            if getattr(begun, key) != getattr(typed, key):
+                raise UserError(f"{path} was begun with --{key} {getattr(begun, key)}; type the same to resume")
     cfg = dataclasses.replace(cfg, loss=("bce" if has_several(targets) else "ce") if cfg.loss == "auto" else cfg.loss)
     if cfg.best and not len(valid):
         raise UserError(f"--best chooses on a valid split, and {pack.path} has none; add --valid_share 0.2 (the test clips would flatter)")
@@ -415,15 +416,12 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     log = common.Log(f"{stem}.jsonl")
 
     # model
-    if ckpt:
-        encoder = Encoder(EncoderConfig(**ckpt["encoder"]))
-    else:
-        start = open_encoder(cfg.init, cfg.model, pack.info)
-        if isinstance(start, Ensemble):
-            raise UserError(f"--init {cfg.init}: one encoder of ours can be fine-tuned; several, or others, can be probed: --probe mlp")
-        stats = dict(fbank_mean=cfg.fbank_mean, fbank_std=cfg.fbank_std) if cfg.fbank_std else {}
-        encoder = Encoder(dataclasses.replace(start.cfg, dropout=cfg.dropout, attention_dropout=cfg.dropout, layerdrop=cfg.layerdrop, grad_decay=cfg.grad_decay, **stats))
-        encoder.load_state_dict(start.state_dict())
+    start = Encoder(EncoderConfig(**ckpt["encoder"])) if ckpt else open_encoder(cfg.init, cfg.model, pack.info)
+    if isinstance(start, Ensemble):
+        raise UserError(f"--init {cfg.init}: one encoder of ours can be fine-tuned; several, or others, can be probed: --probe mlp")
+    stats = dict(fbank_mean=cfg.fbank_mean, fbank_std=cfg.fbank_std) if cfg.fbank_std else {}
+    encoder = Encoder(dataclasses.replace(start.cfg, dropout=cfg.dropout, attention_dropout=cfg.dropout, layerdrop=cfg.layerdrop, grad_decay=cfg.grad_decay, **stats))
+    encoder.load_state_dict(start.state_dict())
     model = Classifier(encoder, pack.classes, multilabel=cfg.loss == "bce").to(device).train()
     torch.nn.init.zeros_(model.head.weight)
     torch.nn.init.zeros_(model.head.bias)
@@ -432,7 +430,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     if ckpt:
         model.load_state_dict(ckpt["model"])
         common.load_optimizer(optimizer, ckpt["optimizer"])
-        step, place, best = ckpt["step"], tuple(ckpt["place"]), ckpt.get("best", -1.0)
+        step, place, best = ckpt["step"], tuple(ckpt["place"]), ckpt["best"]
     else:
         common.keep_old(path)
         common.keep_old(best_path)
@@ -455,8 +453,9 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="fine-tune", disable=True if rank else None):
         common.seed_step(cfg.seed, step)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        lr = common.lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps, "cosine")
         for group in optimizer.param_groups:
-            group["lr"] = group["times"] * common.lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps, "cosine")
+            group["lr"] = group["times"] * lr
         batch = next(batches)
         truth = targets[batch["clip"]].float().to(device)
         batch = data.to_device(batch, device)
@@ -485,7 +484,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             loss, correct, n = all_sum(window).tolist()
-            log(step=done, loss=loss / n, accuracy=correct / n, lr=optimizer.param_groups[-1]["lr"], x_realtime=seen / (time.time() - began), epoch=place[0])
+            log(step=done, loss=loss / n, accuracy=correct / n, lr=lr, x_realtime=seen / (time.time() - began), epoch=place[0])
             window, seen, began = torch.zeros_like(window), 0.0, time.time()
         paused, step = time.time(), done
         if stop.now(done, device):
@@ -495,8 +494,10 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
             raise SystemExit(0)
         if (done % cfg.eval_every == 0 and done < cfg.max_steps) or (done == cfg.max_steps and len(valid)):
             name, which = ("valid", valid) if len(valid) else ("test", test)
-            found = score(probabilities(model, pack, which, cfg, device), targets[which], has_several(targets))
-            log(step=done, **{f"{name}_score": found})
+            p, truth = probabilities(model, pack, which, cfg, device), targets[which].double()
+            found = score(p, truth, has_several(targets))
+            loss = F.binary_cross_entropy(p, truth) if model.multilabel else -(p.log() * truth).sum(1).mean()
+            log(step=done, **{f"{name}_score": found, f"{name}_loss": loss.item()})
             if cfg.best and found > best:
                 best = found
                 save(best_path)

@@ -36,7 +36,7 @@ def get_timestamp_embeddings(audio, model):
     count = max(1, num_tokens(audio.shape[1]) // BANDS)
     padded = F.pad(audio, (0, ROW))
     x = torch.stack([rows(padded[:, shift:], model)[:, :count] for shift in range(0, ROW, STEP)], 2).flatten(1, 2)
-    centre = (torch.arange(x.shape[1], device=audio.device) * STEP + MIN_SAMPLES / 2) / SAMPLE_RATE * 1000
+    centre = (torch.arange(x.shape[1], device=audio.device) * STEP + MIN_SAMPLES / 2) / (SAMPLE_RATE / 1000)     # exact in float32
     inside = max(1, int((centre <= audio.shape[1] / SAMPLE_RATE * 1000).sum()))
     return x[:, :inside].float(), centre[:inside].expand(len(audio), -1)
 

