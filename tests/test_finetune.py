@@ -400,26 +400,26 @@ RUNS = """
 import sys; sys.path.insert(0, {root!r})
 import finetune, torch.distributed as dist
 finetune.main(ensemble={member!r}, fold="1", **{flags!r})
-finetune.main(init={member!r}, probe="mlp", **{flags!r})
+finetune.main(init={member!r}, probe="mlp", **{{**{flags!r}, "data": {toy!r}}})
 finetune.main(init={member!r}, fold="3", max_steps=3, batch_seconds=100.0, roll=False, **{flags!r})
 dist.is_initialized() and dist.destroy_process_group()
 """
 
-def test_two_ranks_score_as_one(ragged, random_encoder, tmp_path):
-    """Bit for bit, and every clip once, where two ranks do not divide the batches evenly."""
+def test_two_ranks_score_as_one(ragged, toy, random_encoder, tmp_path):
+    """Bit for bit and every clip once, where ranks share four batches, and where there is but one."""
     member = save_classifier(random_encoder, tmp_path / "m.pt", ["a", "b"], 0)
     for ranks, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
         script = tmp_path / f"run{ranks}.py"
-        script.write_text(RUNS.format(root=str(ROOT), member=member, flags=dict(data=ragged, out_dir=str(tmp_path / str(ranks)), device="cpu")))
+        script.write_text(RUNS.format(root=str(ROOT), member=member, toy=toy, flags=dict(data=ragged, out_dir=str(tmp_path / str(ranks)), device="cpu")))
         done = subprocess.run([sys.executable, *launcher, script], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("m.pt fold 1: accuracy") == done.stdout.count("their mean fold 1: accuracy") == 1        # one rank prints
-    for name in ("ensemble_ragged_fold1", "mlp_ragged_fold1", "mlp_ragged_fold3", "finetune_ragged_fold3"):
+    for name in ("ensemble_ragged_fold1", "mlp_toy", "finetune_ragged_fold3"):
         one, two = (np.load(tmp_path / str(ranks) / f"{name}.npz") for ranks in (1, 2))
         exact = not name.startswith("finetune")         # training sums its gradients in another order
         assert np.array_equal(one["scores"], two["scores"]) if exact else np.allclose(one["scores"], two["scores"], atol=1e-4), name
         a, b = (log(tmp_path / str(ranks) / f"{name}.jsonl")[-1] for ranks in (1, 2))
-        assert {**a, "minutes": 0} == {**b, "minutes": 0} and a["clips"] == 8
+        assert {**a, "minutes": 0} == {**b, "minutes": 0} and a["clips"] == (20 if name == "mlp_toy" else 8)
 
 # ---- benchmark suites
 
