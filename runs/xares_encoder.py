@@ -6,6 +6,10 @@ A checkpoint as an encoder of X-ARES (pip install xares), the suite that scores 
 BEATS_CHECKPOINT is anything --init of finetune.py takes, also several encoders, as in a.pt,b.pt. --max-jobs 0 is needed without
 a GPU. Scores are kept in env/<task>/{embeddings,checkpoints}/BeatsEncoder: delete both before another checkpoint.
 Tokens are handed over one after the other, 8 bands per 160 ms: an embedding every 20 ms.
+
+Measured with xares 0.1.3 (seed 42) on the sounds of two packs, tiny encoder after iteration 1, beside finetune.py --probe:
+ESC-50, 5 folds: MLP 21.4 %, ours 21.2 to 22.0 over five seeds; kNN 7.75 %, ours (knn_xares) 7.75, and 20.35 with cosines as
+intended (knn). 40 Arabic words: MLP 11.5 %, ours 10.0 to 12.6; kNN 4.31 %, ours 4.31, and 11.11 as intended.
 """
 import importlib.util
 import os
