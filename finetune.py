@@ -537,8 +537,8 @@ def main(**flags):
             common.keep_old(f"{stem}.pt")
         if cfg.ensemble:
             found = {}
-            for path in cfg.ensemble.replace("{fold}", k).split(","):
-                member = load(path).to(device)
+            for path in cfg.ensemble.split(","):
+                member = load(path.replace("{fold}", k)).to(device)
                 if not isinstance(member, Classifier) or set(pack.classes) - set(member.labels):
                     raise UserError(f"--ensemble {path}: not a classifier of the classes of {pack.path}")
                 found[path] = probabilities(member, pack, test, cfg, device, path)[:, [member.labels.index(c) for c in pack.classes]]

@@ -390,7 +390,7 @@ def test_probabilities_are_averaged(random_encoder, ragged, tmp_path, capsys):
     assert value == np.mean(found["scores"].argmax(1) == found["targets"].argmax(1))
     wav, lengths = data.pad_batch([data.Pack(ragged).audio(i).astype(np.float32) / 32768 for i in range(1, 24, 3)])
     assert np.allclose(parts[1], load(members[1]).predict(wav, lengths).detach()[:, [1, 0]], atol=1e-5)        # classes by name, not by place
-    assert all(f"m{i}_2.pt fold 2: accuracy" in printed for i in (0, 1)) and "their mean fold 2: accuracy" in printed
+    assert all(f"m{i}_{{fold}}.pt fold 2: accuracy" in printed for i in (0, 1)) and "their mean fold 2: accuracy" in printed
     with pytest.raises(UserError, match="not a classifier of the classes"):
         finetune.main(ensemble=save_classifier(random_encoder, tmp_path / "other.pt", ["a", "x"], 0), **flags)
 
