@@ -122,7 +122,7 @@ def wrap(model, device, compile=False):
 # -----------------------------------------------------------------------------
 # optimizer
 
-def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.98), times=lambda name: 1.0):
+def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.98), eps=1e-8, times=lambda name: 1.0):
     """AdamW; decay on matrices and convolution weights only, not on biases, norms, gains and position tables.
 
     times: parameter name -> factor on its learning rate, kept in its group's "times".
@@ -133,7 +133,7 @@ def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.98), times=lambda name
             decay = weight_decay if p.dim() > 1 and name.endswith(("weight", "weight_v")) else 0.0
             groups.setdefault((decay, times(name)), []).append(p)
     return torch.optim.AdamW([dict(params=params, weight_decay=decay, times=factor, lr=lr * factor)
-                              for (decay, factor), params in groups.items()], lr=lr, betas=betas, fused=True)
+                              for (decay, factor), params in groups.items()], lr=lr, betas=betas, eps=eps, fused=True)
 
 def load_optimizer(optimizer, state):
     """Moments from a checkpoint; weight decay and factors as the flags say now."""
@@ -175,14 +175,14 @@ def read_training(path):
 
 def keep_old(path):
     """A new run never overwrites an old result: an existing file moves to the next free .1, .2, ..."""
-    files = [Path(path), Path(path).with_suffix(".jsonl")]
+    files = [Path(path).with_suffix(suffix) for suffix in (".pt", ".jsonl", ".npz", ".csv")]
     if rank() == 0 and any(file.exists() for file in files):
         new = lambda file, n: file.with_suffix(f".{n}{file.suffix}")
         n = next(n for n in range(1, 10**6) if not any(new(file, n).exists() for file in files))
         for file in files:
             if file.exists():
                 os.replace(file, new(file, n))
-        print(f"kept the earlier {path} as {new(files[0], n)} (--resume continues a run)")
+        print(f"kept the earlier {Path(path).with_suffix('')}.* as {Path(path).with_suffix('')}.{n}.* (--resume continues a run)")
     barrier()
 
 class Stop:
