@@ -408,6 +408,8 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
         for key in ["data", "test_split", "valid_share"] + ["task"] * ("task" in flags):
             if getattr(begun, key) != getattr(typed, key):
                 raise UserError(f"{path} was begun with --{key} {getattr(begun, key)}; type the same to resume")
+        if ckpt["pack"] != pack.info["id"]:
+            raise UserError(f"{path} was begun on other sounds than {pack.path} holds now; begin anew without --resume")
     cfg = dataclasses.replace(cfg, loss=("bce" if has_several(targets) else "ce") if cfg.loss == "auto" else cfg.loss)
     if cfg.best and not len(valid):
         raise UserError(f"--best chooses on a valid split, and {pack.path} has none; add --valid_share 0.2 (the test clips would flatter)")
@@ -449,7 +451,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     window, seen, began = torch.zeros(3, dtype=torch.float64, device=device), 0.0, time.time()
     save = lambda path: common.save_checkpoint(path, kind="classifier", encoder=dataclasses.asdict(encoder.cfg), labels=pack.classes,
         multilabel=model.multilabel, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, place=place,
-        config=dataclasses.asdict(cfg), best=best)
+        config=dataclasses.asdict(cfg), best=best, pack=pack.info["id"])
     for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="fine-tune", disable=True if rank else None):
         common.seed_step(cfg.seed, step)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
@@ -471,7 +473,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
                 x = spec_augment(x, 1 + (lengths - FRAME) // HOP, cfg.spec_augment, chance)
             with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else ddp.no_sync():
                 with autocast(device, cfg.dtype):
-                    logits = ddp(patchify(x), real)
+                    logits = ddp(patchify(x), None if batch["full"] else real)
                 loss = classification_loss(logits.float(), truth, cfg)
                 (loss * world / count).backward()                               # DDP divides by world
             window += torch.stack([loss.detach(), (logits.argmax(1) == truth.argmax(1)).sum(), torch.tensor(len(wav), device=device)])

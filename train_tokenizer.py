@@ -74,7 +74,8 @@ def prepare(batch, encoder, teacher, layers="last"):
     features = fbank(batch["wav"])
     valid = valid_tokens(batch["lengths"], batch["wav"].shape[1])
     trunk = teacher.encoder if isinstance(teacher, Classifier) else teacher
-    states = trunk(patchify(trunk.normalise(features)), valid, all_layers=True)[1:]
+    real = None if batch.get("full") else valid                                 # no padding: attention need not look for it
+    states = trunk(patchify(trunk.normalise(features)), real, all_layers=True)[1:]
     target = torch.stack(states).mean(0) if layers == "mean" else states[-1]
     if isinstance(teacher, Classifier):
         target = teacher.head(states[-1])
