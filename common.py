@@ -1,5 +1,6 @@
 """What must be identical in all training scripts to be correct: flags, ranks, optimizer, schedule, checkpoints, log."""
 import argparse
+import ctypes
 import dataclasses
 import inspect
 import json
@@ -75,6 +76,8 @@ def setup(device="auto", seed=0):
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
@@ -82,6 +85,12 @@ def setup(device="auto", seed=0):
             dist.init_process_group("gloo")
     torch.manual_seed(seed)
     return rank(), world(), device
+
+def keep_memory():
+    """On Linux, freed memory stays with the process instead of being mapped anew, page by page, at each step: a tenth of a CPU step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: large blocks from the heap, too
+        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0

@@ -370,17 +370,17 @@ class Clips(torch.utils.data.Dataset):
         lengths = np.minimum(lengths, n)
         wav, noise = np.empty((len(items), n), np.int16), np.full((len(items), T), 2.0, np.float32)
         tokens = np.full((len(items), T), -1, np.int64)
-        for row, ((clip, *key), p) in enumerate(zip(items, pack_of)):
-            i, rng = clip - self.first[p], np.random.default_rng(key)
-            spare = int(self.packs[p].samples[i]) - self.crop if self.crop else 0
-            start = rng.integers(spare // self.align + 1) * self.align if spare > 0 else 0
-            self.packs[p].read_into(wav[row, :lengths[row]], i, start)
-            wav[row, lengths[row]:] = 0
-            noise[row, :count[row]] = rng.random(count[row], dtype=np.float32)
+        for row, ((clip, *key), p, samples, most) in enumerate(zip(items, pack_of.tolist(), lengths.tolist(), count.tolist())):
+            pack, i, rng, start = self.packs[p], clip - int(self.first[p]), np.random.default_rng(key), 0
+            if self.crop and pack.samples[i] > self.crop:
+                start = int(rng.integers((pack.samples[i] - self.crop) // self.align + 1)) * self.align
+            pack.read_into(wav[row, :samples], i, start)
+            wav[row, samples:] = 0
+            noise[row, :most] = rng.random(most, dtype=np.float32)
             if self.tokens:
                 numbers, offsets = self.tokens[p]
-                numbers.read_into(mine := np.empty(count[row], "<u2"), offsets[i] + start // ROW * BANDS)
-                tokens[row, :count[row]] = mine
+                numbers.read_into(mine := np.empty(most, "<u2"), offsets[i] + start // ROW * BANDS)
+                tokens[row, :most] = mine
         batch = dict(wav=wav, lengths=lengths.astype(np.int64), clip=clips, noise=noise) | (dict(tokens=tokens) if self.tokens else {})
         return {key: torch.from_numpy(value) for key, value in batch.items()}
 
@@ -496,10 +496,11 @@ def hold_out(packs, share=0.05, most=400, seed=0):
     """Split every pack's clips by source file into (train, valid) lists of global clip numbers."""
     train, valid, first = [], [], 0
     for pack in packs:
-        rows = np.unique(pack.index["row"])
-        held = np.random.default_rng(seed).permutation(rows)[:min(most, math.ceil(share * len(rows)))]
-        mask = np.isin(pack.index["row"], held) & (len(rows) > 1)
-        clips = first + np.arange(len(pack))
+        row = pack.index["row"]
+        rows = np.unique(row)
+        held = np.zeros(rows[-1] + 1, bool)
+        held[np.random.default_rng(seed).permutation(rows)[:min(most, math.ceil(share * len(rows)))]] = len(rows) > 1
+        mask, clips = held[row], first + np.arange(len(pack))
         train.append(clips[~mask])
         valid.append(clips[mask])
         first += len(pack)

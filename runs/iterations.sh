@@ -5,7 +5,7 @@
 # Environment: OUT, and the flags of each kind of stage: MAM, TOKENIZER, FINETUNE, e.g. MAM="--max_steps 4000 --warmup_steps 400"
 set -e
 DATA=$1 LABELLED=$2 FOLD=$3 OUT=${OUT:-out}
-MAM=${MAM:---max_steps 1000 --warmup_steps 100}
+MAM=${MAM:---batch_seconds 82 --max_steps 1000 --warmup_steps 100}
 TOKENIZER=${TOKENIZER:---max_steps 400}
 FINETUNE=${FINETUNE:---max_steps 400}
 TEACHER=$OUT/finetune_teacher${FOLD:+_fold$FOLD}.pt

@@ -17,6 +17,7 @@ import train_tokenizer
 from common import UserError, lr_at, make_optimizer
 from conftest import MICRO, ROOT
 from model import Encoder, EncoderConfig, export_official, load
+from tokenizer import RandomProjectionTokenizer
 
 FAST = dict(model="micro", predictor_dim=32, predictor_heads=2, predictor_blocks=1, batch_seconds=20.0, warmup_steps=2, log_every=2,
             device="cpu")
@@ -137,6 +138,16 @@ def test_flags_typed_win_over_the_checkpoint(toy, tmp_path):
     ckpt = content(tmp_path / "mam_iter1.pt")
     assert ckpt["config"]["predictor_dim"] == 32 and ckpt["config"]["lr"] == 7e-4
     assert sorted(g["weight_decay"] for g in ckpt["optimizer"]["param_groups"]) == [0.0, 0.5]
+
+def test_whole_rows_can_be_masked():
+    torch.manual_seed(0)
+    batch = dict(wav=0.1 * torch.randn(3, 41200), lengths=torch.tensor([41200, 41200, 20720]), noise=torch.rand(3, 128))
+    tokenizer = RandomProjectionTokenizer(n_codes=16)
+    inputs, _, _ = train_mam.prepare(batch, Encoder(MICRO), tokenizer, train_mam.Config(mask_rows=True))
+    for keep, rows in zip(inputs["keep"], (16, 16, 8)):
+        assert keep[keep < 128].view(-1, 8).remainder(8).tolist() == [list(range(8))] * (rows // 4)      # a quarter of them, whole
+    single = train_mam.prepare(batch, Encoder(MICRO), tokenizer, train_mam.Config())[0]["keep"][0]
+    assert len(set((single // 8).tolist())) > 8
 
 # ---- several ranks
 
