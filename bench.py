@@ -82,6 +82,7 @@ def measure(pieces, runs, device):
     return times
 
 def flops_of(function):
+    """As common.flops_of, with gradients: also of the backward pass."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import CheckpointError, read_checkpoint
 
@@ -127,6 +128,25 @@ def wrap(model, device, compile=False):
         return model
     return torch.nn.parallel.DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+# -----------------------------------------------------------------------------
+# speed
+
+def flops_of(function):
+    """Floating-point operations of the matrix products and convolutions that function() does, by torch's own counter."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+def matrix_rate(device, dtype="auto", n=2048):
+    """FLOP/s of this device at (n, n) products in the precision of autocast(device, dtype): the median of five."""
+    with autocast(device, dtype):
+        x, times = torch.randn(n, n, device=device), []
+        for _ in range(6):
+            began = time.perf_counter()
+            (x @ x)[0, 0].item()
+            times.append(time.perf_counter() - began)
+    return 2 * n**3 / sorted(times[1:])[2]
 
 # -----------------------------------------------------------------------------
 # optimizer

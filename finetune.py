@@ -76,6 +76,7 @@ class Config:
     device: str = "auto"            # auto | cpu | cuda
     dtype: str = "auto"             # auto | float32 | bfloat16
     compile: bool = False           # torch.compile
+    recompute: bool = False         # recompute each block in the backward pass: a third slower, far less memory
     workers: int = 0                # data processes per rank
     log_every: int = 20             # steps between log lines
     eval_every: int = 200           # steps between evaluations on valid, or without one on test (shown, never chosen by)
@@ -424,6 +425,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     stats = dict(fbank_mean=cfg.fbank_mean, fbank_std=cfg.fbank_std) if cfg.fbank_std else {}
     encoder = Encoder(dataclasses.replace(start.cfg, dropout=cfg.dropout, attention_dropout=cfg.dropout, layerdrop=cfg.layerdrop, grad_decay=cfg.grad_decay, **stats))
     encoder.load_state_dict(start.state_dict())
+    encoder.recompute = cfg.recompute
     model = Classifier(encoder, pack.classes, multilabel=cfg.loss == "bce").to(device).train()
     torch.nn.init.zeros_(model.head.weight)
     torch.nn.init.zeros_(model.head.bias)

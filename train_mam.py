@@ -9,7 +9,8 @@ Masked audio modelling: predict the labels of masked patches from the visible qu
 Writes out/mam_iter<k>.pt (the encoder for finetune.py, the teacher for train_tokenizer.py) and .jsonl (the log).
 Watch `valid_loss` against `entropy_given_band`: as long as it is not well below, the model knows which labels occur in
 which frequency band and nothing else. Glossary: loss in nats per masked, non-silent patch; accuracy on the same;
-codes_used, perplexity: of the labels in the training data; x_realtime: seconds of audio per second.
+codes_used, perplexity: of the labels in the training data; x_realtime: seconds of audio per second; mfu: share of the
+device's rate at matrix products, measured at the start, that goes into those of the model.
 """
 import contextlib
 import dataclasses
@@ -55,6 +56,7 @@ class Config:
     device: str = "auto"            # auto | cpu | cuda
     dtype: str = "auto"             # auto | float32 | bfloat16
     compile: bool = False           # torch.compile; worth its minutes for long runs
+    recompute: bool = False         # recompute each block in the backward pass: a third slower, far less memory
     workers: int = 0                # data processes per rank
     log_every: int = 20             # steps between log lines
     eval_every: int = 250           # steps between validations
@@ -69,8 +71,7 @@ def random_mask(noise, valid, mask_ratio):
     ascend; a clip with fewer than K or M of them is filled up with T, which stands for no token.
     """
     T = noise.shape[1]
-    kept_of = torch.tensor([max(1, round(n * (1 - mask_ratio))) for n in range(T + 1)], device=noise.device)
-    kept, most = kept_of[valid.sum(1)], max(1, round(T * (1 - mask_ratio)))
+    kept, most = (valid.sum(1).double() * (1 - mask_ratio)).round().clamp(min=1), max(1, round(T * (1 - mask_ratio)))
     rank_of = noise.masked_fill(~valid, 2.0).argsort(1).argsort(1)             # 0 = least noise
     token = torch.arange(T, device=noise.device)
     keep = torch.where(valid & (rank_of < kept[:, None]), token, T).sort(1).values[:, :most]
@@ -169,6 +170,7 @@ def main(**flags):
         encoder = Encoder(EncoderConfig(**(ckpt["encoder"] if ckpt else shape)))
     blocks, width = (2, 128) if cfg.model == "tiny" and not cfg.init else (3, 0)
     model = MaskedAudioModel(encoder, tokenizer.n_codes, cfg.predictor_blocks or blocks, cfg.predictor_dim or width, cfg.predictor_heads).to(device)
+    encoder.recompute = cfg.recompute
     optimizer = common.make_optimizer(model, cfg.lr, cfg.weight_decay)
     step, place, before = 0, (0, 0), None
     if ckpt:
@@ -192,11 +194,16 @@ def main(**flags):
     # what can be known from the band alone, over a sample of the training data
     counts = torch.zeros(BANDS, tokenizer.n_codes, device=device)
     for batch in fixed(train, 32, 0, mine):
-        labels = prepare(data.to_device(batch, device), model.encoder, tokenizer, cfg)[2]
+        inputs, targets, labels = prepare(data.to_device(batch, device), model.encoder, tokenizer, cfg)
         place_of = labels + torch.arange(labels.shape[1], device=device) % BANDS * tokenizer.n_codes
         counts += torch.bincount(place_of[labels >= 0], minlength=counts.numel()).view_as(counts)
     use = code_use(all_sum(counts).cpu())
     log("labels of the training data:", **use)
+    flops, rate = 0.0, 1.0                      # of a second of audio: the backward pass costs twice the forward; of all devices
+    if rank == 0:
+        with autocast(device, cfg.dtype):
+            flops = 3 * common.flops_of(lambda: loss_and_correct(model.forward, inputs, targets)) / (batch["wav"].numel() / data.SAMPLE_RATE)
+        rate = common.matrix_rate(device, cfg.dtype) * world
 
     # training
     valid_batches = fixed(valid, None, 1, mine)
@@ -232,7 +239,7 @@ def main(**flags):
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             loss, correct, n = all_sum(window).tolist()
             log(step=done, loss=loss / max(n, 1), accuracy=correct / max(n, 1), lr=optimizer.param_groups[0]["lr"],
-                x_realtime=seen / (time.time() - began), epoch=place[0])
+                x_realtime=seen / (time.time() - began), mfu=flops * seen / (time.time() - began) / rate, epoch=place[0])
             window, seen, began = torch.zeros_like(window), 0.0, time.time()
         paused, step = time.time(), done
         if stop.now(done, device):

@@ -62,6 +62,7 @@ class Config:
     device: str = "auto"            # auto | cpu | cuda
     dtype: str = "auto"             # auto | float32 | bfloat16
     compile: bool = False           # torch.compile
+    recompute: bool = False         # recompute each block in the backward pass: a third slower, far less memory
     workers: int = 0                # data processes per rank
     log_every: int = 20             # steps between log lines
     eval_every: int = 250           # steps between validations
@@ -153,6 +154,7 @@ def main(**flags):
     model = SelfDistilledTokenizer(Encoder(shape), cfg.codes, cfg.code_dim, cfg.estimator_blocks, width).to(device)
     if cfg.from_teacher and not ckpt and [p.shape for p in model.encoder.parameters()] == [p.shape for p in trunk.parameters()]:
         model.encoder.load_state_dict(trunk.state_dict())
+    model.encoder.recompute = cfg.recompute
     optimizer = common.make_optimizer(model, cfg.lr, cfg.weight_decay)
     step, place = 0, (0, 0)
     if ckpt:

@@ -293,6 +293,21 @@ def masked_inputs(B=2, T=48, n=(48, 32)):
     targets = torch.randint(50, (B, T + 1), generator=generator).index_fill(1, torch.tensor([T]), -1).gather(1, masked)
     return torch.randn(B, T, 256, generator=generator), valid, keep, masked, targets
 
+def test_recomputing_gives_the_same_gradient_for_less_memory():
+    inputs, grads, kept = masked_inputs(), [], []
+    for recompute in (False, True):
+        model = micro_mam().train()
+        model.encoder.recompute, held = recompute, []
+        for block in [*model.encoder.blocks, *model.blocks]:
+            block.dropout.p = block.attn.dropout = 0.1          # drawn alike both times
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x.numel()) or x, lambda x: x):
+            loss = model(*inputs[:4]).square().mean()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        kept.append(sum(held))
+    assert torch.equal(*grads) and kept[1] < 0.5 * kept[0]
+
 def test_random_mask():
     import train_mam
     valid = torch.arange(64) < torch.tensor([64, 40, 8, 0])[:, None]
