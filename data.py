@@ -23,7 +23,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import zlib
@@ -109,13 +108,16 @@ def load_audio(paths) -> tuple[torch.Tensor, torch.Tensor]:
 # packs
 
 def in_order(function, items, workers):
-    """function(item) for all items by threads (decoders run outside the interpreter lock), in order, a few ahead of the reader."""
+    """function(item) for all items by threads (what decodes, reads and copies runs outside the interpreter lock), in order, a few ahead."""
+    if not workers:
+        yield from map(function, items)
+        return
     with ThreadPoolExecutor(workers) as pool:
         ahead = collections.deque()
         try:
             for item in items:
                 ahead.append(pool.submit(function, item))
-                if len(ahead) > 4 * workers:
+                if len(ahead) > 3 * workers:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
@@ -294,9 +296,6 @@ class Pack:
         except UserError as error:
             raise UserError(f"{error}; the pack is damaged, {again}") from None
 
-    def __reduce__(self):               # a worker process opens the files itself
-        return Pack, (str(self.path),)
-
     def __len__(self):
         return len(self.index)
 
@@ -340,9 +339,9 @@ def open_packs(spec: str):
     return packs, np.array(weights) / sum(weights) if weights else None
 
 # -----------------------------------------------------------------------------
-# batches: what they hold is a pure function of (seed, epoch, number), whatever the number of workers
+# batches: what they hold is a pure function of (seed, epoch, number), whatever the number of threads that make them
 
-class Clips(torch.utils.data.Dataset):
+class Clips:
     """Clips of one or more packs, numbered through. Asked for a list of (clip, *key), it gives a batch; all chance is drawn from the keys.
 
     crop: samples of a random crop, 0 = whole clips, starting at a multiple of `align` samples.
@@ -436,7 +435,7 @@ def mixed_batches(samples, batch_samples, key, subsets, weights, multiple=1):
         first = last
     return batches
 
-class Stream(torch.utils.data.Sampler):
+class Stream:
     """Endless batches of this rank from (epoch, number) on: lists of (clip, seed, epoch, position in epoch)."""
 
     def __init__(self, plan, seed, start=(0, 0), rank=0, world=1):
@@ -458,15 +457,24 @@ class Stream(torch.utils.data.Sampler):
         epoch, number = start
         return (epoch, number + 1) if number + 1 < len(self.plan(epoch)) else (epoch + 1, 0)
 
-def ignore_signals(worker):
-    """Ctrl-C and SIGTERM reach the workers too; it is the training process that decides when they end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+class Loader:
+    """Batches of clips, made ahead of time by `workers` threads (0 = as they are asked for).
 
-def loader(dataset, batches, workers=0):
-    """batches: an iterable of lists of (clip, *key), each made into a batch by a worker process (0 = by this one), ahead of time."""
-    return torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=ignore_signals,
-                                       pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
+    batches: an iterable of lists of (clip, *key), or a list of them, which can be gone through again and again.
+    """
+
+    def __init__(self, clips, batches, workers=0):
+        self.clips, self.batches, self.workers = clips, batches, workers
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return in_order(self.make, self.batches, self.workers)
+
+    def make(self, items):
+        batch = self.clips[items]
+        return {key: value.pin_memory() for key, value in batch.items()} if torch.cuda.is_available() else batch
 
 def to_device(batch, device):
     """Tensors to the device, without waiting for it; wav becomes float32 in [-1, 1]. full: no clip has padding tokens."""
@@ -487,10 +495,10 @@ def split_batch(batch, seconds):
     return parts
 
 def fixed_batches(clips, subsets, batch_seconds, seed, most=None, number=0, share=slice(None)):
-    """A loader of (the first `most`) batches whose crops and noise are the same at every pass. share: this rank's clips."""
+    """A Loader of (the first `most`) batches whose crops and noise are the same at every pass. share: this rank's clips."""
     batches = epoch_batches(clips.samples, batch_seconds * SAMPLE_RATE, (seed, number), [np.concatenate(subsets)])
     batches = [[(i, seed, number, i) for i in batch[share].tolist()] for batch in batches[:most]]
-    return loader(clips, [batch for batch in batches if batch])
+    return Loader(clips, [batch for batch in batches if batch])
 
 def hold_out(packs, share=0.05, most=400, seed=0):
     """Split every pack's clips by source file into (train, valid) lists of global clip numbers."""

@@ -77,7 +77,7 @@ class Config:
     dtype: str = "auto"             # auto | float32 | bfloat16
     compile: bool = False           # torch.compile
     recompute: bool = False         # recompute each block in the backward pass: a third slower, far less memory
-    workers: int = 0                # data processes per rank
+    workers: int = 1                # threads per rank that make batches ahead, 0 = none
     log_every: int = 20             # steps between log lines
     eval_every: int = 200           # steps between evaluations on valid, or without one on test (shown, never chosen by)
     save_every: int = 200           # steps between checkpoints
@@ -164,7 +164,7 @@ def over_clips(pack, which, function, device, dtype="auto", text=""):
     clips, index, rows = data.Clips([pack]), [], []
     batches = data.epoch_batches(clips.samples, 80 * data.SAMPLE_RATE, (0,), [which], shuffle=False)
     mine = [[(i,) for i in batch] for batch in batches[common.rank()::common.world()]]
-    for batch in tqdm(data.loader(clips, mine), desc=text, unit="batch", leave=False, disable=True if common.rank() or not text else None):
+    for batch in tqdm(data.Loader(clips, mine), desc=text, unit="batch", leave=False, disable=True if common.rank() or not text else None):
         index.append(batch["clip"])
         batch = data.to_device(batch, device)
         with autocast(device, dtype):
@@ -448,7 +448,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
         return data.epoch_batches(clips.samples, cfg.batch_seconds * data.SAMPLE_RATE, (cfg.seed, epoch), [drawn], multiple=world)
 
     stream = data.Stream(plan, cfg.seed, place, rank, world)
-    batches = iter(data.loader(clips, stream, cfg.workers))
+    batches = iter(data.Loader(clips, stream, cfg.workers))
     stop = common.Stop()
     window, seen, began = torch.zeros(3, dtype=torch.float64, device=device), 0.0, time.time()
     save = lambda path: common.save_checkpoint(path, kind="classifier", encoder=dataclasses.asdict(encoder.cfg), labels=pack.classes,

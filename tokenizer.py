@@ -307,7 +307,7 @@ def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
                 out = os.open(partial, os.O_WRONLY)
                 batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), [todo], shuffle=False)[rank()::world()]
                 items = [[(i,) for i in batch.tolist()] for batch in batches]
-                for batch in tqdm(data.loader(clips, items), desc=f"tokenizing {pack.path.name}", unit="batch", disable=True if rank() else None):
+                for batch in tqdm(data.Loader(clips, items), desc=f"tokenizing {pack.path.name}", unit="batch", disable=True if rank() else None):
                     batch = data.to_device(batch, device)
                     with autocast(device, dtype):
                         codes = tok.encode(batch["wav"], batch["lengths"]).cpu().numpy()

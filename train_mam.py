@@ -57,7 +57,7 @@ class Config:
     dtype: str = "auto"             # auto | float32 | bfloat16
     compile: bool = False           # torch.compile; worth its minutes for long runs
     recompute: bool = False         # recompute each block in the backward pass: a third slower, far less memory
-    workers: int = 0                # data processes per rank
+    workers: int = 1                # threads per rank that make batches ahead, 0 = none
     log_every: int = 20             # steps between log lines
     eval_every: int = 250           # steps between validations
     save_every: int = 250           # steps between checkpoints
@@ -208,7 +208,7 @@ def main(**flags):
     # training
     valid_batches = fixed(valid, None, 1, mine)
     stream = data.Stream(plan, cfg.seed, place, rank, world)
-    batches = iter(data.loader(clips, stream, cfg.workers))
+    batches = iter(data.Loader(clips, stream, cfg.workers))
     stop = common.Stop()
     model.train()
     result, seen, window, began = {}, 0.0, torch.zeros(3, dtype=torch.float64, device=device), time.time()
