@@ -10,6 +10,7 @@ Acoustic tokenizers: which of 1,024 labels does each 16x16 patch have?
     python tokenizer.py out/tokenizer_iter2.pt --data packs/esc50       # what the codes are worth, see report.py
 """
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -297,27 +298,29 @@ def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
                     for first in range(0, offsets[-1], 2**26):
                         f.write(np.full(min(2**26, offsets[-1] - first), 65535, "<u2").data)
                     os.fsync(f.fileno())
-                os.replace(new, partial)
+                with contextlib.suppress(FileExistsError):          # another job was faster: its file is as good
+                    os.link(new, partial)
+                new.unlink()
             barrier()
-            clips = data.Clips([pack])
-            while True:
-                todo = np.flatnonzero(np.maximum.reduceat(np.memmap(partial, "<u2", "r"), offsets[:-1]) == 65535)
-                if not all_sum(torch.tensor(float(len(todo)), device=device)).item():       # no rank writes before all have looked
-                    break
-                out = os.open(partial, os.O_WRONLY)
-                batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), [todo], shuffle=False)[rank()::world()]
-                items = [[(i,) for i in batch.tolist()] for batch in batches]
-                for batch in tqdm(data.Loader(clips, items), desc=f"tokenizing {pack.path.name}", unit="batch", disable=True if rank() else None):
-                    batch = data.to_device(batch, device)
-                    with autocast(device, dtype):
-                        codes = tok.encode(batch["wav"], batch["lengths"]).cpu().numpy()
-                    for clip, row in zip(batch["clip"].tolist(), codes):
-                        os.pwrite(out, row[:offsets[clip + 1] - offsets[clip]].astype("<u2").tobytes(), 2 * offsets[clip])
-                os.fsync(out)
-                os.close(out)
-                barrier()
-            if rank() == 0 and partial.exists():
-                os.replace(partial, path)
+            with open(partial if partial.exists() else path, "r+b") as f:       # whatever it is called when another job has finished it
+                clips = data.Clips([pack])
+                while True:
+                    todo = np.flatnonzero(np.maximum.reduceat(np.memmap(f, "<u2", "r"), offsets[:-1]) == 65535)
+                    if not all_sum(torch.tensor(float(len(todo)), device=device)).item():   # no rank writes before all have looked
+                        break
+                    batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), [todo], shuffle=False)[rank()::world()]
+                    items = [[(i,) for i in batch.tolist()] for batch in batches]
+                    for batch in tqdm(data.Loader(clips, items, 1), desc=f"tokenizing {pack.path.name}", unit="batch", disable=True if rank() else None):
+                        batch = data.to_device(batch, device)
+                        with autocast(device, dtype):
+                            codes = tok.encode(batch["wav"], batch["lengths"]).cpu().numpy()
+                        for clip, row in zip(batch["clip"].tolist(), codes):
+                            os.pwrite(f.fileno(), row[:offsets[clip + 1] - offsets[clip]].astype("<u2").tobytes(), 2 * offsets[clip])
+                    os.fsync(f.fileno())
+                    barrier()
+            if rank() == 0:
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(partial, path)
             barrier()
         except OSError as error:
             raise UserError(f"{partial}: cannot be written ({error.strerror}); tokens are kept beside the audio of a pack, which all ranks share") from None

@@ -242,6 +242,21 @@ def test_half_written_tokens_are_finished_not_trusted(pack):
     cached_tokens(tok, pack, torch.device("cpu"))
     assert sum(asked) == 7 and np.array_equal(np.fromfile(path, "<u2"), whole) and not list(path.parent.glob("*.partial"))
 
+def test_two_jobs_at_the_same_tokens(pack):
+    tok, other = tokenizers()[0], []
+    encode = tok.encode
+    def encode_beside(wav, lengths):            # another job begins, and finishes, in the middle of this one
+        if not other:
+            other.append(True)
+            cached_tokens(tok, data.Pack(pack.path), torch.device("cpu"))
+        return encode(wav, lengths)
+    tok.encode = encode_beside
+    tokens, offsets = cached_tokens(tok, pack, torch.device("cpu"))
+    mine = np.fromfile(tokens.path, "<u2")
+    Path(tokens.path).unlink()
+    assert other and np.array_equal(mine, np.fromfile(cached_tokens(tok, pack, torch.device("cpu"))[0].path, "<u2"))
+    assert [p.suffix for p in pack.path.glob("tokens-*")] == [".bin"]
+
 def test_a_token_file_of_the_wrong_size_is_refused(pack):
     tok = tokenizers()[0]
     path = cached_tokens(tok, pack, torch.device("cpu"))[0].path
