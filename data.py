@@ -9,7 +9,7 @@ Audio in, batches out. Any collection of sounds becomes a pack: one folder of in
     python data.py check packs/mine                                     # every clip against its checksum
 
 A pack: audio-00000.bin ... (clips end to end), index.npy (where each clip is), clips.csv (path, labels, split, group),
-pack.json (classes, hours, fbank statistics, skipped files with reasons). It appears under its name when it is whole;
+skipped.csv (with reasons), pack.json (classes, hours, fbank statistics). It appears under its name when it is whole;
 a packing that was stopped or killed goes on where it was when the same command is typed again.
 """
 import argparse
@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import sys
 import time
@@ -129,13 +130,13 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
 
     Clips longer than max_seconds (or the row's own) are cut. A row whose read raises UserError, or that is shorter than one
     patch row (0.175 s), is skipped and listed with its reason. While it is made, the pack is out.partial, with a journal: a line per
-    row whose audio is safely on disk, [[samples, crc], ...] or the reason for skipping it. A packing that was killed goes on there.
+    row whose audio is safely on disk: its stamp, and [[samples, crc], ...] or the reason for skipping it. A packing that was killed goes on there.
     """
     out, workers = Path(out), workers or os.cpu_count()
     if out.exists():
         raise UserError(f"{out} exists; remove it or choose another --out")
-    if max_seconds * SAMPLE_RATE < MIN_SAMPLES:
-        raise UserError(f"--max_seconds {max_seconds}: one patch takes 0.175 s")
+    if not MIN_SAMPLES <= max_seconds * SAMPLE_RATE < 2**31:
+        raise UserError(f"--max_seconds {max_seconds}: has to be at least 0.175, the length of one patch, and finite")
     classes = sorted({label for row in rows for label in row["labels"]}) if classes is None else list(classes)
     unknown = {label for row in rows for label in row["labels"]} - set(classes)
     if unknown:
@@ -143,8 +144,17 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
     if any(";" in label for label in classes):
         raise UserError(f"the class name {next(c for c in classes if ';' in c)!r} holds a semicolon, which separates labels; rename it")
 
+    def stamp(row):
+        """Size and time of the row's file: on resuming, a file that has changed since is read again, and all after it."""
+        try:
+            stat = os.stat(row["file"])
+            return [stat.st_size, stat.st_mtime_ns]
+        except (OSError, KeyError):
+            return None
+
     def decode(row):
-        """[(int16 audio, crc), ...], or the reason why there is none. A rest after cutting, less than a patch, has crc None."""
+        """Stamp and [(int16 audio, crc), ...], or the reason why there is none. A rest after cutting, less than a patch, has crc None."""
+        now = stamp(row)
         try:
             if "problem" in row:
                 raise UserError(row["problem"])
@@ -153,9 +163,9 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
                 raise UserError(f"{row['path']}: {len(x) / SAMPLE_RATE:.3f} s is shorter than one patch (0.175 s)")
             longest = int(row.get("max_seconds", max_seconds) * SAMPLE_RATE)
             pieces = [x[i:i + longest] for i in range(0, len(x), longest)]
-            return [(piece, zlib.crc32(piece) if len(piece) >= MIN_SAMPLES else None) for piece in pieces]
+            return now, [(piece, zlib.crc32(piece) if len(piece) >= MIN_SAMPLES else None) for piece in pieces]
         except UserError as error:
-            return str(error)
+            return now, str(error)
 
     # what an unfinished packing of the same rows has done
     partial = out.with_name(out.name + ".partial")
@@ -166,8 +176,12 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
     except OSError:
         raise UserError(f"{partial}: another data.py is at it; wait for it, or choose another --out") from None
     journal.seek(0)
-    request = hashlib.sha256(repr((INDEX, SHARD_BYTES, classes, source, max_seconds)).encode() + b"".join(repr(row).encode() for row in rows)).hexdigest()
+    request = hashlib.sha256(repr((INDEX, SHARD_BYTES, classes, source, max_seconds)).encode())
+    for row in rows:
+        request.update(repr(row).encode())
+    request = request.hexdigest()
     first, *lines = journal.read().split(b"\n")[:-1] or [b""]       # what follows the last newline was cut short
+    lines = lines[:next((i for i, (line, row) in enumerate(zip(lines, rows)) if json.loads(line)[0] != stamp(row)), len(rows))]
     if first != request.encode():
         lines = []
         for path in partial.glob("audio-*.bin"):
@@ -185,14 +199,15 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
         if audio:
             audio.flush()
             os.fsync(audio.fileno())
-        journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in pending))
+        text = b"".join(json.dumps(line).encode() + b"\n" for line in pending)
+        pending.clear()                 # first: a sync that is interrupted is called again
+        journal.write(text)
         journal.flush()
         os.fsync(journal.fileno())
-        pending.clear()
 
     results = itertools.chain(map(json.loads, lines), in_order(decode, rows[len(lines):], workers))
     try:
-        for number, result in enumerate(tqdm(results, total=len(rows), desc=f"packing {out.name}", unit="file", disable=None)):
+        for number, (when, result) in enumerate(tqdm(results, total=len(rows), desc=f"packing {out.name}", unit="file", disable=None)):
             fresh, pieces = number >= len(lines), [] if isinstance(result, str) else result
             for piece, crc in pieces:
                 samples = len(piece) if fresh else piece
@@ -210,9 +225,9 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
                 index.append((shard, offset, samples, number, crc))
                 offset += samples
             if isinstance(result, str):
-                skipped.append({"path": rows[number]["path"], "reason": result})
+                skipped.append((rows[number]["path"], result))
             if fresh:
-                pending.append(result if isinstance(result, str) else [(len(piece), crc) for piece, crc in pieces])
+                pending.append((when, result if isinstance(result, str) else [(len(piece), crc) for piece, crc in pieces]))
             if time.time() > synced + SYNC_SECONDS:
                 sync()
                 synced = time.time()
@@ -220,7 +235,7 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
         sync()
     if not index:
         shutil.rmtree(partial)
-        raise UserError(f"{source}: no usable audio" + (f"; {len(skipped)} files skipped, the first: {skipped[0]['reason']}" if skipped else ""))
+        raise UserError(f"{source}: no usable audio" + (f"; {len(skipped)} files skipped, the first: {skipped[0][1]}" if skipped else ""))
     if audio:
         audio.close()
     index = np.array(index, INDEX)
@@ -229,17 +244,24 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
         table = csv.writer(f)
         table.writerow(["path", "labels", "split", "group"])
         table.writerows([r["path"], ";".join(r["labels"]), r["split"], r["group"]] for r in rows)
+    with open(partial / "skipped.csv", "w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(["path", "reason"])
+        table.writerows(skipped)
     info = dict(version=2, id=hashlib.sha256(index.tobytes()).hexdigest()[:16], source=str(source), classes=classes, clips=len(index),
-                hours=round(index["samples"].sum() / SAMPLE_RATE / 3600, 4), skipped=skipped, rests_dropped=rests,
+                hours=round(index["samples"].sum() / SAMPLE_RATE / 3600, 4), skipped=len(skipped), rests_dropped=rests,
                 shards=[int(index["samples"][index["shard"] == s].sum()) for s in range(shard + 1)])
     (partial / "pack.json").write_text(json.dumps(info))
+    for path in partial.glob("audio-*.bin"):                    # what no line vouches for
+        number = int(path.stem.removeprefix("audio-"))
+        path.unlink() if number > shard else os.truncate(path, 2 * info["shards"][number])
     mean, std, used = fbank_stats(Pack(partial))
     info |= dict(fbank_mean=mean, fbank_std=std, fbank_clips=used)
     (partial / "pack.json").write_text(json.dumps(info, indent=1))
     (partial / "journal").unlink()
     os.replace(partial, out)
     print(f"{out}: {len(index)} clips, {info['hours']:.2f} h, {len(classes)} classes, fbank {mean:.3f} +- {std:.3f} over {used} clips"
-          + (f"; {len(skipped)} of {len(rows)} files skipped, listed in {out / 'pack.json'}, the first: {skipped[0]['reason']}" if skipped else ""))
+          + (f"; {len(skipped)} of {len(rows)} files skipped, listed in {out / 'skipped.csv'}, the first: {skipped[0][1]}" if skipped else ""))
     return Pack(out)
 
 def fbank_stats(pack, clips=2000):
@@ -251,28 +273,21 @@ def fbank_stats(pack, clips=2000):
         n, total, squares = n + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
     return total / n, math.sqrt(squares / n - (total / n)**2), len(chosen)
 
-@functools.lru_cache(500)
-def opened(path, changed):
-    """An open file; the least used is closed when there are many. changed: a file that was replaced is another."""
-    return open(path, "rb", buffering=0)
-
 class Numbers:
     """Numbers in a file, read by position: nothing stays mapped, so resident memory stays flat and processes share the page cache."""
 
     def __init__(self, path, dtype, count):
-        self.path, self.dtype = str(path), np.dtype(dtype)
+        self.path, size = str(path), count * np.dtype(dtype).itemsize
         try:
-            stat = os.stat(path)
-        except OSError:
-            raise UserError(f"{path}: no such file") from None
-        if stat.st_size != count * self.dtype.itemsize:
-            raise UserError(f"{path}: {stat.st_size} bytes instead of {count * self.dtype.itemsize}")
-        self.changed = stat.st_mtime_ns
+            self.file = open(path, "rb", buffering=0)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        if os.fstat(self.file.fileno()).st_size != size:
+            raise UserError(f"{path}: {os.fstat(self.file.fileno()).st_size} bytes instead of {size}")
 
     def read_into(self, out, first):
-        """Fill `out`, a contiguous array, from number `first` on."""
-        done = os.preadv(opened(self.path, self.changed).fileno(), [out], int(first) * out.itemsize)
-        if done != out.nbytes:
+        """Fill `out`, a contiguous array, from number `first` on. Threads may read at the same time."""
+        if os.preadv(self.file.fileno(), [out], int(first) * out.itemsize) != out.nbytes:
             raise UserError(f"{self.path}: ends before number {first + len(out)}")
 
 class Pack:
@@ -284,11 +299,14 @@ class Pack:
             self.info = json.loads((self.path / "pack.json").read_text())
             self.index = np.load(self.path / "index.npy", mmap_mode="r").view(np.ndarray)
             again = f"remove {path} and make it again from {self.info['source']}"
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"{path} is not a pack (no readable pack.json and index.npy); make one: "
+            whole = self.info["version"] == 2 and len(self.index) == self.info["clips"]
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
+            raise UserError(f"{path} is not a pack, or a damaged one (no readable pack.json and index.npy); make it: "
                             "python data.py folder DIR --out PACK") from None
-        if self.info["version"] != 2 or len(self.index) != self.info["clips"]:
+        if not whole:
             raise UserError(f"{path}: made by another version, or its index has lost clips; {again}")
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))        # a file per shard of 37 hours
         self.classes = self.info["classes"]
         self.samples = self.index["samples"].copy()
         try:
@@ -321,6 +339,11 @@ class Pack:
         row = self.index["row"]
         return [labels[i] for i in row], np.array(split)[row], np.array(group)[row]
 
+    def skipped(self):
+        """(path, reason) of the files that were left out."""
+        with open(self.path / "skipped.csv", newline="") as f:
+            return [tuple(row) for row in csv.reader(f)][1:]
+
     def damaged(self):
         """Numbers of the clips whose audio is not what it was when packed."""
         clips = tqdm(range(len(self)), desc=f"checking {self.path.name}", unit="clip", disable=None, leave=False)
@@ -334,7 +357,7 @@ def open_packs(spec: str):
         weights = [float(w) for _, _, w in parts if w]
     except ValueError:
         raise UserError(f"--data {spec}: weights are numbers, as in packs/a:0.4,packs/b:0.6") from None
-    if weights and (len(weights) < len(packs) or min(weights) <= 0):
+    if weights and (len(weights) < len(packs) or not all(0 < w < math.inf for w in weights)):
         raise UserError(f"--data {spec}: give every pack a positive weight, or none")
     return packs, np.array(weights) / sum(weights) if weights else None
 
@@ -400,7 +423,7 @@ def epoch_batches(samples, batch_samples, key, subsets=None, weights=None, multi
     order = rng.permutation(order) if shuffle else order
     order = np.resize(order, max(len(order), multiple))
     batches, size = [], 20 * max(1, int(batch_samples / samples[order].mean() / multiple)) * multiple
-    for stretch in np.split(order, np.arange(size, len(order), size)):
+    for stretch in np.split(order, np.arange(size, len(order) - multiple + 1, size)):
         stretch = stretch[np.argsort(-samples[stretch], kind="stable")]
         while len(stretch):
             count = max(multiple, int(batch_samples // samples[stretch[0]]) // multiple * multiple)
@@ -425,6 +448,7 @@ def mixed_batches(samples, batch_samples, key, subsets, weights, multiple=1):
         streams.append(stream)
         due.append((seconds[:len(stream)] - samples[stream] / 2) / weight)
     order = np.concatenate(streams)[np.argsort(np.concatenate(due), kind="stable")]
+    order = np.resize(order, max(len(order), multiple))
     seconds = np.cumsum(samples[order], dtype=np.float64)
     batches, first = [], 0
     while first < len(order):
@@ -530,10 +554,10 @@ def show(path):
     print(f"{path}: {len(pack)} clips of {pack.samples.min() / SAMPLE_RATE:.2f} to {pack.samples.max() / SAMPLE_RATE:.2f} s, "
           f"{pack.info['hours']:.2f} h from {pack.info['source']}\nfbank mean {pack.info['fbank_mean']:.5f} std "
           f"{pack.info['fbank_std']:.5f} over {pack.info['fbank_clips']} evenly spaced clips\nsplits: {counts(split)}\n{len(np.unique(group))} groups\n"
-          f"classes: {counts([pack.classes[c] for row in labels for c in row]) or '(none)'}\n{len(pack.info['skipped'])} files skipped, "
+          f"classes: {counts([pack.classes[c] for row in labels for c in row]) or '(none)'}\n{pack.info['skipped']} files skipped, "
           f"{pack.info['rests_dropped']} rests of under 0.175 s left out when cutting long files")
-    for item in pack.info["skipped"]:
-        print("  " + item["reason"])
+    for _, reason in pack.skipped():
+        print("  " + reason)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -545,7 +569,7 @@ def main(argv=None):
         stats="what is in a pack", check="a pack's audio against its checksums").items()}
     command["toy"].add_argument("--clips", type=int, default=1600, help="3 s each [1600]")
     command["toy"].add_argument("--seed", type=int, default=0, help="[0]")
-    command["csv"].add_argument("table")
+    command["csv"].add_argument("table", help="with a header; labels are separated by ; or by commas")
     command["csv"].add_argument("--root", help="folder that the paths start from [that of the table]")
     command["csv"].add_argument("--keep", help="only these splits or folds, as in 1,2,3,4 [all]")
     command["csv"].add_argument("--classes", help="file of the class names in order, one a line [the labels that occur, sorted]")
@@ -560,6 +584,7 @@ def main(argv=None):
     command["speechcommands"].add_argument("--test_root", "--test-root", help="folder of speech_commands_test_set_v0.01, for version 1")
     for name in ("csv", "folder", "esc50", "audioset", "speechcommands", "iemocap"):
         command[name].add_argument("--max_seconds", "--max-seconds", type=float, default=10.0, help="longer clips are cut [10]")
+        command[name].add_argument("--workers", type=int, help="threads that decode [one per core]")
     for name in ("toy", "csv", "folder", "esc50", "audioset", "speechcommands", "iemocap"):
         command[name].add_argument("--out", required=True, help="the pack to make")
     for name in ("stats", "check"):
@@ -567,6 +592,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     split = lambda tables: tables.split(",") if tables else []
     if args.command == "toy":
+        if args.seed < 0 or args.clips < 1:
+            raise UserError("--seed is not negative, and --clips is at least 1")
         return make_toy(args.out, args.clips, args.seed)
     if args.command == "stats":
         return show(args.pack)
@@ -587,12 +614,14 @@ def main(argv=None):
     else:
         rows, classes = getattr(recipes, f"from_{args.command}")(args.root)
     write_pack(args.out, rows, lambda row: read_audio(row["file"], row["start"], row["end"]), classes,
-               args.table if args.command == "csv" else args.root, args.max_seconds)
+               args.table if args.command == "csv" else args.root, args.max_seconds, args.workers)
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error}; once that is mended (is the disk full?) the same command goes on where it was")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on where it was")

@@ -290,9 +290,9 @@ def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
     offsets = token_offsets(pack)
     path = pack.path / f"tokens-{token_id(tok, pack)}.bin"
     partial = path.with_suffix(".partial")
-    if not path.exists():
+    if all_sum(torch.tensor(float(not path.exists()), device=device)).item():       # all ranks go in, or none
         try:
-            if rank() == 0 and not partial.exists():
+            if rank() == 0 and not partial.exists() and not path.exists():
                 new = path.with_suffix(f".{os.getpid()}.new")
                 with open(new, "wb") as f:
                     for first in range(0, offsets[-1], 2**26):
@@ -302,7 +302,11 @@ def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
                     os.link(new, partial)
                 new.unlink()
             barrier()
-            with open(partial if partial.exists() else path, "r+b") as f:       # whatever it is called when another job has finished it
+            try:
+                f = open(partial, "r+b")
+            except FileNotFoundError:               # another job has finished it
+                f = open(path, "r+b")
+            with f:
                 clips = data.Clips([pack])
                 while True:
                     todo = np.flatnonzero(np.maximum.reduceat(np.memmap(f, "<u2", "r"), offsets[:-1]) == 65535)
@@ -323,8 +327,11 @@ def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
                     os.replace(partial, path)
             barrier()
         except OSError as error:
-            raise UserError(f"{partial}: cannot be written ({error.strerror}); tokens are kept beside the audio of a pack, which all ranks share") from None
-    return data.Numbers(path, "<u2", offsets[-1]), offsets
+            raise UserError(f"{partial}: {error.strerror}; tokens are kept beside the audio of a pack, in a folder that all ranks share and can write to") from None
+    try:
+        return data.Numbers(path, "<u2", offsets[-1]), offsets
+    except UserError as error:
+        raise UserError(f"{error}; remove it, it is made again") from None
 
 def code_use(counts):
     """counts (..., K) of codes per band -> dict: codes used, perplexity, entropy of the codes given the band in nats."""

@@ -206,6 +206,8 @@ def main(**flags):
         rate = common.matrix_rate(device, cfg.dtype) * world
 
     # training
+    if ckpt and (ckpt["world"], ckpt["config"]["batch_seconds"]) != (world, cfg.batch_seconds):
+        log("other ranks or batches than before: the rest of this epoch is dealt out anew, so some clips come twice and some not at all")
     valid_batches = fixed(valid, None, 1, mine)
     stream = data.Stream(plan, cfg.seed, place, rank, world)
     batches = iter(data.Loader(clips, stream, cfg.workers))
@@ -214,7 +216,7 @@ def main(**flags):
     result, seen, window, began = {}, 0.0, torch.zeros(3, dtype=torch.float64, device=device), time.time()
     save = lambda: common.save_checkpoint(path, kind="mam", encoder=dataclasses.asdict(encoder.cfg), model=model.state_dict(),
         optimizer=optimizer.state_dict(), step=step, place=place, config=dataclasses.asdict(cfg), probe=before,
-        tokenizer=tokenizer_hash(tokenizer), packs=[pack.info["id"] for pack in packs])
+        tokenizer=tokenizer_hash(tokenizer), packs=[pack.info["id"] for pack in packs], world=world)
     for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="train", disable=True if rank else None):
         common.seed_step(cfg.seed, step)
         for group in optimizer.param_groups:

@@ -186,6 +186,8 @@ def main(**flags):
     ddp = common.wrap(model, device, cfg.compile)
 
     # training
+    if ckpt and (ckpt["world"], ckpt["config"]["batch_seconds"]) != (world, cfg.batch_seconds):
+        log("other ranks or batches than before: the rest of this epoch is dealt out anew, so some clips come twice and some not at all")
     valid_batches = fixed(valid, None, 1, mine)
     stream = data.Stream(plan, cfg.seed, place, rank, world)
     batches = iter(data.Loader(clips, stream, cfg.workers))
@@ -194,7 +196,7 @@ def main(**flags):
     window, counts, revived = torch.zeros(3, dtype=torch.float64, device=device), torch.zeros(cfg.codes, device=device), 0
     seen, began = 0.0, time.time()
     save = lambda: common.save_checkpoint(path, **tokenizer_state(model), optimizer=optimizer.state_dict(), step=step, place=place,
-                                          config=dataclasses.asdict(cfg), packs=[pack.info["id"] for pack in packs])
+                                          config=dataclasses.asdict(cfg), packs=[pack.info["id"] for pack in packs], world=world)
     for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="train", disable=True if rank else None):
         common.seed_step(cfg.seed, step)
         for group in optimizer.param_groups:

@@ -73,7 +73,7 @@ def test_a_folder_becomes_a_pack(tmp_path, write_wav, capsys):
     assert pack.info["rests_dropped"] == 0
     assert np.abs(pack.audio(1) / 32768 - sine(1)).max() < 1e-4
     assert np.array_equal(pack.audio(1, 100, 50), pack.audio(1)[100:150])
-    assert [s["path"] for s in pack.info["skipped"]] == ["cat/text.wav", "cat/tiny.wav"]
+    assert [path for path, _ in pack.skipped()] == ["cat/text.wav", "cat/tiny.wav"]
     out = capsys.readouterr().out
     assert "2 of 5 files skipped" in out and "cannot be read as audio" in out
     data.main(["stats", str(tmp_path / "pack")])
@@ -103,7 +103,9 @@ def test_a_table_becomes_a_pack(tmp_path, write_wav):
 @pytest.mark.parametrize("text, message", [
     ("name,label\na.wav,x\n", "no column named path.*name.*--path_column"), ("path\n", "no rows"), ("path,start,end\na.wav,3,1\n", "line 2.*from 3.0 s to 1.0 s"),
     ("path,start\na.wav,-1\n", "line 2"), ("path\na.wav\na.wav\n", "line 3: a.wav stands there twice"), ("path,start\na.wav,soon\n", "seconds, not 'soon'"),
-    ("path\nnowhere.wav\n", "no usable audio.*no such file"), ("path,label\n,x\n", "line 2: no path")])
+    ("path\nnowhere.wav\n", "no usable audio.*no such file"), ("path,label\n,x\n", "line 2: no path"),
+    ('path,label\na.wav,"dog\nb.wav,cat\n', "unexpected end of data"), ('path,label\na.wav,"dog\nb.wav",cat\n', "line 3: a quotation mark is open"),
+    ("path,start\na.wav,nan\n", "line 2"), ("path,start,end\na.wav,0,inf\n", "line 2"), ("path\na.wav\n./a.wav\n", "line 3: ./a.wav stands there twice")])
 def test_bad_tables_are_explained(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         data.main(["csv", table(tmp_path, text), "--out", str(tmp_path / "pack")])
@@ -112,7 +114,7 @@ def test_bad_tables_are_explained(tmp_path, text, message):
 def test_other_mistakes(tmp_path, toy):
     (tmp_path / "empty").mkdir()
     for arguments, message in ((["folder", str(tmp_path / "empty"), "--out", "x"], "no audio files below"),
-                               (["folder", str(tmp_path / "none"), "--out", "x"], "no such folder"),
+                               (["folder", str(tmp_path / "none"), "--out", "x"], "none: No such file or directory"),
                                (["csv", str(tmp_path / "none.csv"), "--out", "x"], "none.csv: cannot be read"),
                                (["toy", "--out", toy], "exists; remove it"), (["stats", str(tmp_path)], "is not a pack")):
         with pytest.raises(UserError, match=message):
@@ -162,6 +164,10 @@ def test_ranks_together_hear_each_clip_once():
     batches = epoch_batches(samples, 800000, (0, 0), multiple=4)
     assert sorted(np.concatenate(batches).tolist()) == list(range(1001))
     assert sorted(len(b) % 4 for b in batches)[-2:] == [0, 1] and min(map(len, batches)) >= 4      # one batch holds the odd clip
+    for n in range(1, 260):                                     # no rank is left without a clip, whatever the number of clips
+        for weights in (None, [1.0]):
+            batches = epoch_batches(np.full(n, 16000), 80000, (0, 0), [np.arange(n)], weights, multiple=3)
+            assert min(map(len, batches)) >= 3 and len(np.concatenate(batches)) == max(n, 3)
     assert [len(b) for b in epoch_batches(samples[:3], 800000, (0, 0), multiple=4)] == [4]         # nobody stays without
 
 def three_corpora():
@@ -305,6 +311,69 @@ def test_a_packing_of_other_files_starts_anew_and_two_at_once_are_refused(tmp_pa
     pack_slowly(tmp_path / "pack")
     pack_slowly(tmp_path / "other")
     assert (tmp_path / "pack/index.npy").read_bytes() == (tmp_path / "other/index.npy").read_bytes() and not Pack(tmp_path / "pack").damaged()
+
+def test_an_interrupted_packing_loses_and_doubles_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SYNC_SECONDS", 0.0)
+    pack_slowly(tmp_path / "whole")
+    calls, fsync = [], data.os.fsync
+    def interrupted(fd):
+        calls.append(fd)
+        fsync(fd)
+        if len(calls) in (30, 101):
+            raise KeyboardInterrupt                             # as Ctrl-C in the middle of writing the journal
+    monkeypatch.setattr(data.os, "fsync", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            pack_slowly(tmp_path / "stopped")
+    pack_slowly(tmp_path / "stopped")
+    assert (tmp_path / "stopped/index.npy").read_bytes() == (tmp_path / "whole/index.npy").read_bytes() and not Pack(tmp_path / "stopped").damaged()
+
+def stop_after(monkeypatch, files):
+    """data.read_audio raises KeyboardInterrupt at file number `files`, once."""
+    read, count = data.read_audio, iter(range(files + 1))
+    def limited(*args):
+        if next(count, None) == files:
+            raise KeyboardInterrupt
+        return read(*args)
+    monkeypatch.setattr(data, "read_audio", limited)
+
+def test_sounds_that_changed_meanwhile_are_read_again(tmp_path, write_wav, monkeypatch):
+    for i in range(12):
+        write_wav(f"sounds/{i:02d}.wav", sine(0.5))
+    pack = ["folder", str(tmp_path / "sounds"), "--out", str(tmp_path / "pack"), "--workers", "1"]
+    stop_after(monkeypatch, 8)
+    with pytest.raises(KeyboardInterrupt):
+        data.main(pack)
+    assert (tmp_path / "pack.partial/journal").read_bytes().count(b"\n") > 3
+    write_wav("sounds/02.wav", sine(0.5, level=0.1))
+    data.main(pack)
+    levels = [np.abs(Pack(tmp_path / "pack").audio(i)).max() for i in range(12)]
+    assert levels[2] < 4000 and min(levels[:2] + levels[3:]) > 16000
+
+def test_what_was_written_unvouched_does_not_stay(tmp_path, write_wav, monkeypatch):
+    for i in range(6):
+        write_wav(f"sounds/{i:02d}.wav", sine(0.5))
+    pack = ["folder", str(tmp_path / "sounds"), "--out", str(tmp_path / "pack"), "--workers", "1"]
+    stop_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        data.main(pack)
+    with open(tmp_path / "pack.partial/audio-00000.bin", "ab") as f:
+        f.write(b"0" * 1000)                                    # as a kill between the audio and the journal leaves it
+    for path in (tmp_path / "sounds").iterdir():
+        if path.name > "00.wav":
+            path.write_text("no audio any more")                # so that nothing is written any more either
+    data.main(pack)
+    assert len(Pack(tmp_path / "pack")) == 1 and not Pack(tmp_path / "pack").damaged() and len(Pack(tmp_path / "pack").skipped()) == 5
+
+def test_threads_read_the_right_clips(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_BYTES", 40_000)            # a clip or two per shard
+    rows = [dict(path=str(i), labels=[], split="", group="") for i in range(60)]
+    pack = data.write_pack(tmp_path / "pack", rows, lambda row: np.full(16000, (int(row["path"]) + 1) / 100, np.float32))
+    for _ in range(5):
+        clips = Clips([Pack(tmp_path / "pack")])
+        for batch in Loader(clips, [[(i, 0), (59 - i, 0)] for i in range(60)], 4):
+            assert torch.equal(batch["wav"][:, 0].double(), ((batch["clip"] + 1) / 100 * 32768).double().round())
+    assert len(pack.shards) == 60
 
 def test_check_finds_the_clip_that_changed(tmp_path, ragged):
     shutil.copytree(ragged, tmp_path / "pack")

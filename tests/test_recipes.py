@@ -1,5 +1,6 @@
 """Known data sets: miniature trees of the exact layout on disk, with its traps."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_audioset(tmp_path, write_wav):
     assert labels == [["Speech", "Gargling"], ["Male speech, man speaking"], ["Gargling"], ["Speech"], ["Speech"], ["Speech"],
                       ["Gargling", "Male speech, man speaking"]]
     assert split == ["train"] * 6 + ["test"] and group[1:3] == ["aBcDeFgHiJ0", "AbCdEfGhIj0"]         # ids differ by case alone
-    reasons = [item["reason"] for item in pack.info["skipped"]]
+    reasons = [reason for _, reason in pack.skipped()]
     assert len(reasons) == 3 and "line 10: #NAME? is no YouTube id" in reasons[0] and "no file for notdownload below" in reasons[1]
     assert "emptyfile00.wav: cannot be read" in reasons[2]
 
@@ -61,7 +62,18 @@ def test_audioset_as_ast_lists_it(tmp_path, write_wav):
         {"data": [{"wav": "/somewhere/else/Yabc.wav", "labels": "/m/09x0r,/t/dd00088", "video_id": "x"}, {"wav": "/gone/b.wav", "labels": "/m/09x0r"}]}))
     classes = write(tmp_path / "classes.csv", CLASSES)
     pack, labels, split, _ = packed(tmp_path, "audioset", tmp_path / "audio", "--train", listing, "--class_csv", classes)
-    assert labels == [["Speech", "Gargling"]] and split == ["train"] and "no file for b" in pack.info["skipped"][0]["reason"]
+    assert labels == [["Speech", "Gargling"]] and split == ["train"] and "no file for b" in pack.skipped()[0][1]
+
+def test_one_recording_in_two_audioset_tables_is_refused(tmp_path, write_wav):
+    write_wav("audio/abcdefghijk.wav", TONE)
+    table, classes = write(tmp_path / "t.csv", 'abcdefghijk, 30.000, 40.000, "/m/09x0r"\n'), write(tmp_path / "classes.csv", CLASSES)
+    with pytest.raises(UserError, match="line 1: abcdefghijk stands in .*t.csv already"):
+        packed(tmp_path, "audioset", tmp_path / "audio", "--train", table, "--test", table, "--class_csv", classes)
+    write_wav("audio/other/Yabcdefghijk.flac", TONE)
+    write_wav("audio/Yabcdefghijk.wav", TONE)
+    (tmp_path / "audio/abcdefghijk.wav").unlink()
+    with pytest.raises(UserError, match="have one name"):
+        packed(tmp_path, "audioset", tmp_path / "audio", "--train", table, "--class_csv", classes)
 
 @pytest.mark.parametrize("row, message", [('abcdefghijk, 30.000, 20.000, "/m/09x0r"', "line 1: a clip cannot go from 30.0 s to 20.0 s"),
     ('abcdefghijk, 30.000, 40.000, "/m/nobody"', "line 1: label '/m/nobody' is not in"), ("path,label", "line 1: wants YTID")])
@@ -76,7 +88,7 @@ def test_class_lists_are_checked(tmp_path, write_wav):
     meta = write(tmp_path / "meta.csv", "path,label\na.wav,dog\n")
     names = write(tmp_path / "names.txt", "cat\ndog\n")
     assert packed(tmp_path, "csv", meta, "--classes", names)[0].classes == ["cat", "dog"]
-    for text, message in (("cat\n", "not in the class list, 'dog'"), ("cat\ncat\n", "each once"), ("index,mid,display_name\n1,/m/1,dog\n", "does not count")):
+    for text, message in (("cat\n", "line 2: label 'dog' is not in"), ("cat\ncat\n", "each once"), ("index,mid,display_name\n1,/m/1,dog\n", "does not count")):
         with pytest.raises(UserError, match=message):
             data.main(["csv", str(meta), "--classes", str(write(names, text)), "--out", str(tmp_path / "other")])
 
@@ -97,12 +109,13 @@ def test_esc50(tmp_path, write_wav):
 def test_speech_commands_of_35_words(tmp_path, write_wav):
     for name in ("right/a69b9b3e_nohash_0", "right/0a7c2a8d_nohash_0", "left/a69b9b3e_nohash_1", "_background_noise_/white_noise"):
         write_wav(f"sc/{name}.wav", TONE[:12000])
-    write(tmp_path / "sc/validation_list.txt", "right/a69b9b3e_nohash_0.wav\n")
+    write(tmp_path / "sc/validation_list.txt", "right/a69b9b3e_nohash_0.wav\nright/missing0_nohash_0.wav\n")
     write(tmp_path / "sc/testing_list.txt", "left/a69b9b3e_nohash_1.wav\n")
     pack, labels, split, group = packed(tmp_path, "speechcommands", tmp_path / "sc")
     assert pack.classes == ["left", "right"] and list(zip(labels, split, group)) == [
         (["left"], "test", "a69b9b3e"), (["right"], "train", "0a7c2a8d"), (["right"], "valid", "a69b9b3e")]
     assert (pack.samples == 12000).all()                        # short clips keep their length
+    assert [path for path, _ in pack.skipped()] == ["right/missing0_nohash_0.wav"]
     (tmp_path / "sc/testing_list.txt").unlink()
     with pytest.raises(UserError, match="testing_list.txt: no such file"):
         recipes.from_speechcommands(tmp_path / "sc")
@@ -119,6 +132,11 @@ def test_speech_commands_of_superb(tmp_path, write_wav):
     write_wav("sc/_background_noise_/running_tap.wav", np.tile(TONE, 3))
     for name in ("yes/x_nohash_0", "_unknown_/y_nohash_0", "_silence_/z"):
         write_wav(f"test/{name}.wav", TONE)
+    for part in ("_silence_", "_unknown_"):                     # a test archive that is not whole
+        (tmp_path / "test" / part).rename(tmp_path / "away")
+        with pytest.raises(UserError, match=f"test/{part}: no wav files"):
+            recipes.from_speechcommands(tmp_path / "sc", 1, tmp_path / "test")
+        (tmp_path / "away").rename(tmp_path / "test" / part)
     pack, labels, split, group = packed(tmp_path, "speechcommands", tmp_path / "sc", "--version", 1, "--test_root", tmp_path / "test")
     assert pack.classes == "yes no up down left right on off stop go _unknown_ _silence_".split()
     for part in ("train", "valid"):
@@ -150,6 +168,9 @@ def test_iemocap(tmp_path, write_wav):
         assert classes == ["neu", "hap", "ang", "sad"] and len(rows) == 25
         assert [row["labels"][0] for row in rows[:5]] == ["neu", "hap", "hap", "ang", "sad"]
     pack, labels, split, group = packed(tmp_path, "iemocap", tmp_path)
-    assert split == [str(n) for n in range(1, 6) for _ in range(5)] and group[:2] == ["Ses01F", "Ses01F"] and not pack.info["skipped"]
+    assert split == [str(n) for n in range(1, 6) for _ in range(5)] and group[:2] == ["Ses01F", "Ses01M"] and not pack.skipped()
+    shutil.rmtree(root / "Session5")
+    with pytest.raises(UserError, match="Session5.*all five"):
+        recipes.from_iemocap(tmp_path)
     with pytest.raises(UserError, match="no Session1"):
         recipes.from_iemocap(tmp_path / "nowhere")
