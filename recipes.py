@@ -89,7 +89,7 @@ def from_csv(table, root=None, columns=None, keep=None, class_file=None):
 def audio_below(root, suffixes=SUFFIXES):
     """Every audio file below root, sorted; hidden ones (and the ._ files that Macs leave) are none. Links are followed, once."""
     def unreadable(error):
-        raise UserError(f"{error.filename}: {error.strerror}")
+        raise UserError(f"{error.filename}: {'no such folder' if isinstance(error, FileNotFoundError) else error.strerror}")
     files, seen = [], set()
     for folder, below, names in os.walk(root, onerror=unreadable, followlinks=True):
         stat = os.stat(folder)

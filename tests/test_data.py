@@ -114,7 +114,7 @@ def test_bad_tables_are_explained(tmp_path, text, message):
 def test_other_mistakes(tmp_path, toy):
     (tmp_path / "empty").mkdir()
     for arguments, message in ((["folder", str(tmp_path / "empty"), "--out", "x"], "no audio files below"),
-                               (["folder", str(tmp_path / "none"), "--out", "x"], "none: No such file or directory"),
+                               (["folder", str(tmp_path / "none"), "--out", "x"], "none: no such folder"),
                                (["csv", str(tmp_path / "none.csv"), "--out", "x"], "none.csv: cannot be read"),
                                (["toy", "--out", toy], "exists; remove it"), (["stats", str(tmp_path)], "is not a pack")):
         with pytest.raises(UserError, match=message):
