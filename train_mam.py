@@ -47,7 +47,7 @@ class Config:
     crop_seconds: float = 2.56      # random crops of this length, 0 = whole clips
     batch_seconds: float = 41.0     # audio per step, all ranks together
     device_seconds: float = 0.0     # most audio per forward pass on one device, 0 = the rank's whole share
-    max_steps: int = 350            # optimizer steps
+    max_steps: int = 500            # optimizer steps
     warmup_steps: int = 60          # of linear warm-up, then linear decay to 0
     lr: float = 8e-4                # peak learning rate
     weight_decay: float = 0.05      # on matrices only
