@@ -12,7 +12,6 @@ Pieces run in turn, --runs times after a warm-up, so that a drifting machine is 
 precision. It counts the arithmetic of matrix products and convolutions only (torch's own counter), so nothing can reach 100 %.
 """
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -21,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import data
@@ -80,12 +78,6 @@ def measure(pieces, runs, device):
             if turn:
                 times[name].append(took)
     return times
-
-def flops_of(function):
-    """As common.flops_of, with gradients: also of the backward pass."""
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
 
 # -----------------------------------------------------------------------------
 # what is measured
@@ -218,7 +210,7 @@ def table(cfg, device):
         if cfg.peer and "encoder" in pieces:
             pieces["openbeats"] = openbeats(encoder, cfg, device)
         tokens = cfg.clips * int(cfg.seconds * data.SAMPLE_RATE // data.ROW) * 8
-        flops = {name: flops_of(function) for name, function in pieces.items()}
+        flops = {name: common.flops_of(function) for name, function in pieces.items()}
         memory = {name: peak_memory(function, device) for name, function in pieces.items()}
         product, flops["matrix"] = matrix_product(encoder.cfg, tokens, device, cfg.dtype)
         times = measure(pieces | dict(matrix=product), cfg.runs, device)
@@ -255,7 +247,7 @@ def figure(cfg, device):
             for clips, seconds in grid:
                 part = Config(**{**vars(cfg), "clips": clips, "seconds": float(seconds), "only": "encoder,mam"})
                 pieces, _ = pieces_of(size, part, device)
-                flops = {name: flops_of(f) for name, f in pieces.items()}
+                flops = {name: common.flops_of(f) for name, f in pieces.items()}
                 for name, took in measure(pieces, cfg.runs, device).items():
                     cost.setdefault(name, []).append((seconds if axis is left else clips, 1e3 * statistics.median(took) / clips / seconds))
                     results.append(dict(model=size, piece=name, clips=clips, clip_seconds=seconds, ms_per_second=cost[name][-1][1], gflop=flops[name] / 1e9))

@@ -134,7 +134,7 @@ def wrap(model, device, compile=False):
 
 def flops_of(function):
     """Floating-point operations of the matrix products and convolutions that function() does, by torch's own counter."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 

@@ -289,7 +289,7 @@ class Block(nn.Module):
         h = self.fc2(self.activation_dropout(F.gelu(self.fc1(x))))
         return self.ln2(self.alpha * x + self.dropout(h))
 
-def run(block, x, bias, key_bias, recompute=False):
+def run_block(block, x, bias, key_bias, recompute=False):
     """block(x, bias, key_bias); with recompute its activations are not kept but computed again in the backward pass."""
     return checkpoint(block, x, bias, key_bias, use_reentrant=False) if recompute else block(x, bias, key_bias)
 
@@ -363,7 +363,7 @@ class Encoder(nn.Module):
         for block in self.blocks:
             if self.cfg.grad_decay != 1.0:
                 x = GradScale.apply(x, self.cfg.grad_decay)
-            y = run(block, x, bias, key_bias, self.recompute and self.training)
+            y = run_block(block, x, bias, key_bias, self.recompute and self.training)
             if self.training and self.cfg.layerdrop > 0:    # computed and left out: same graph on every rank, every step
                 y = torch.where(torch.rand((), device=x.device) < self.cfg.layerdrop, x, y)
             x = y
@@ -446,7 +446,7 @@ class MaskedAudioModel(nn.Module):
         x = x + self.band.repeat(T // BANDS, 1) + sinusoids(T // BANDS, x.shape[-1], x.device).repeat_interleave(BANDS, 0)
         bias, key_bias = self.position_bias(T), key_padding_bias(valid)
         for block in self.blocks:
-            x = run(block, x, bias, key_bias, self.encoder.recompute and self.training)
+            x = run_block(block, x, bias, key_bias, self.encoder.recompute and self.training)
         return self.head(take(x, masked.clamp(max=T - 1)))
 
 def sinusoids(length, dim, device):

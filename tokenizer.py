@@ -27,7 +27,7 @@ import data
 from common import UserError, all_sum, autocast, barrier, rank, setup, world
 from model import (BANDS, LOG_FLOOR, PATCH, Block, CheckpointError, Encoder, EncoderConfig, RelativeBias,
                    encoder_from_official, encoder_to_official, fbank, for_each_sound, key_padding_bias, num_tokens, patchify,
-                   prepare_clips, read_checkpoint, run, valid_tokens)
+                   prepare_clips, read_checkpoint, run_block, valid_tokens)
 
 def is_silent(features):
     """(B, N, 128) fbank -> (B, T) bool: patches of digital silence, every bin at the floor."""
@@ -204,7 +204,7 @@ class SelfDistilledTokenizer(Tokenizer):
         x = self.embed(x)
         bias, key_bias = self.position_bias(x.shape[1]), key_padding_bias(valid)
         for block in self.blocks:
-            x = run(block, x, bias, key_bias, self.encoder.recompute and self.training)
+            x = run_block(block, x, bias, key_bias, self.encoder.recompute and self.training)
         return z, codes, self.head(x)
 
     def codes(self, features, valid=None):

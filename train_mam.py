@@ -201,7 +201,7 @@ def main(**flags):
     log("labels of the training data:", **use)
     flops, rate = 0.0, 1.0                      # of a second of audio: the backward pass costs twice the forward; of all devices
     if rank == 0:
-        with autocast(device, cfg.dtype):
+        with torch.no_grad(), autocast(device, cfg.dtype):
             flops = 3 * common.flops_of(lambda: loss_and_correct(model.forward, inputs, targets)) / (batch["wav"].numel() / data.SAMPLE_RATE)
         rate = common.matrix_rate(device, cfg.dtype) * world
 

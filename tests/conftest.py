@@ -1,4 +1,3 @@
-import os
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data                                     # noqa: E402
-from model import PRESETS, Classifier, Encoder, EncoderConfig   # noqa: E402
+from model import PRESETS, Encoder, EncoderConfig   # noqa: E402
 
 MICRO = EncoderConfig(layers=2, dim=32, ffn=64, heads=2, patch_dim=16, conv_pos=16, conv_groups=4, buckets=32, max_distance=64,
                       dropout=0.0, attention_dropout=0.0)

@@ -10,7 +10,6 @@ import torch
 
 import data
 import report
-import tokenizer
 from common import UserError
 from conftest import MICRO, ROOT
 from model import Encoder, fbank, patchify

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ import train_mam
 import train_tokenizer
 from common import UserError, lr_at, make_optimizer
 from conftest import MICRO, ROOT
-from model import Encoder, EncoderConfig, export_official, load
+from model import Encoder, load
 from tokenizer import RandomProjectionTokenizer
 
 FAST = dict(model="micro", predictor_dim=32, predictor_heads=2, predictor_blocks=1, batch_seconds=20.0, warmup_steps=2, log_every=2,
