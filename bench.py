@@ -3,7 +3,7 @@ How fast each piece is, and how close to this machine's limit.
 
     python bench.py                                     # every piece, tiny and base, float32; a table and out/bench.json
     python bench.py --model base --dtype bfloat16 --only encoder,mam --compile
-    python bench.py --model base --only encoder --peer openbeats        # alternating with pip install openbeats, and the ratio
+    python bench.py --model base --only encoder,mam --peer espnet,openbeats     # alternating with others (peers.py), and the ratios
     python bench.py --only data --data packs/mine       # reading a pack, against copying memory and decoding FLAC
     python bench.py --figure out/cost.png               # cost per token against clip length and batch
 
@@ -23,10 +23,11 @@ import torch
 
 import common
 import data
+import peers
 import train_mam
 import train_tokenizer
 from common import UserError, autocast
-from model import PRESETS, Classifier, Encoder, MaskedAudioModel, encoder_to_official, fbank, patchify, valid_tokens
+from model import PRESETS, Classifier, Encoder, MaskedAudioModel, fbank, patchify, valid_tokens
 from tokenizer import RandomProjectionTokenizer, SelfDistilledTokenizer
 
 @dataclass
@@ -38,7 +39,7 @@ class Config:
     dtype: str = "float32"          # auto | float32 | bfloat16
     compile: bool = False           # torch.compile the models
     runs: int = 5                   # timed rounds, after one to warm up
-    peer: str = ""                  # openbeats: its encoder, with our weights, beside ours
+    peer: str = ""                  # others to time beside ours: openbeats, espnet, torchaudio, kaldi (see peers.py)
     data: str = ""                  # pack for the data piece; none = made-up clips
     figure: str = ""                # PNG of cost per token against clip length and batch, instead of the table
     device: str = "auto"            # auto | cpu | cuda
@@ -136,7 +137,7 @@ def pieces_of(size, cfg, device):
         return step(MaskedAudioModel(Encoder(PRESETS[size]), 1024, blocks, width), loss_of)
     def distil(model):
         patches, valid, target, _ = train_tokenizer.prepare(batch, model.encoder, frozen)
-        distance, commitment, _, _ = train_tokenizer.losses(model, patches, valid, target, model.target_mean)
+        distance, commitment, _, _ = train_tokenizer.losses(model, patches, valid, target)
         return (distance + commitment) / valid.sum()
     projection = RandomProjectionTokenizer().to(device)
     distilled = lambda: SelfDistilledTokenizer(Encoder(PRESETS[size]), target_width=frozen.cfg.dim)
@@ -150,27 +151,7 @@ def pieces_of(size, cfg, device):
         tokenizer=lambda: step(distilled(), distil),
         finetune=lambda: step(Classifier(Encoder(PRESETS[size]), [str(k) for k in range(50)]), classify))
     make["mam2-live"] = lambda: mam(distilled().to(device).eval())              # the same, tokenized on the fly
-    return {name: make[name]() for name in cfg.only.split(",") if name in make}, encoder
-
-def openbeats(encoder, cfg, device):
-    """The encoder of pip install openbeats with our weights; it has to give our outputs."""
-    try:
-        from openbeats.beats_encoder import BeatsEncoder
-    except ImportError:
-        raise UserError("--peer openbeats: pip install openbeats") from None
-    settings, state = encoder_to_official(encoder)
-    peer = BeatsEncoder(input_size=0, beats_config=settings, is_pretraining=False).eval().to(device)
-    peer.load_state_dict(state, strict=False)
-    torch.manual_seed(0)
-    n = round(cfg.seconds * data.SAMPLE_RATE)
-    wav, lengths = (0.1 * torch.randn(cfg.clips, n)).to(device), torch.full((cfg.clips,), n, device=device)
-    @torch.no_grad()
-    def forward():
-        with autocast(device, cfg.dtype):
-            return peer(wav, lengths)[0]
-    with torch.no_grad(), autocast(device, cfg.dtype):
-        print(f"largest difference between openbeats' output and ours: {(forward() - encoder.features(wav, lengths)[0]).abs().max():.2g}")
-    return forward
+    return {name: make[name]() for name in cfg.only.split(",") if name in make}, encoder, wav, lengths
 
 def reading(cfg):
     """Batches from a warm pack, the same clips decoded from FLAC, and the copying that the first cannot avoid; seconds per clip each."""
@@ -204,11 +185,14 @@ def reading(cfg):
 
 def table(cfg, device):
     results = []
-    print(f"{'model':6} {'piece':10} {'ms':>8} {'spread':>15} {'audio s/s':>10} {'GFLOP':>8} {'limit':>6} {'MB':>7}")
+    print(f"{'model':6} {'piece':18} {'ms':>8} {'spread':>15} {'audio s/s':>10} {'GFLOP':>8} {'limit':>6} {'MB':>7}")
     for size in cfg.model.split(","):
-        pieces, encoder = pieces_of(size, cfg, device)
-        if cfg.peer and "encoder" in pieces:
-            pieces["openbeats"] = openbeats(encoder, cfg, device)
+        pieces, *ours = pieces_of(size, cfg, device)
+        encoder, theirs = ours[0], {}                           # theirs: name printed -> our piece
+        for peer in filter(None, cfg.peer.split(",")):
+            for piece, function in peers.pieces_of(peer, *ours, cfg.dtype).items():
+                if piece in pieces:
+                    pieces[f"{peer} {piece}"], theirs[f"{peer} {piece}"] = function, piece
         tokens = cfg.clips * int(cfg.seconds * data.SAMPLE_RATE // data.ROW) * 8
         flops = {name: common.flops_of(function) for name, function in pieces.items()}
         memory = {name: peak_memory(function, device) for name, function in pieces.items()}
@@ -222,10 +206,12 @@ def table(cfg, device):
                         gflop=flops[name] / 1e9, share_of_limit=flops[name] / middle / rate, peak_mb=memory.get(name, 0.0))
             results.append(line)
             speed = f"{line['audio_seconds_per_second']:10.0f}" if name != "matrix" else f"{rate / 1e9:4.0f} GF/s"
-            print(f"{size:6} {name:10} {line['ms']:8.1f} {line['ms_min']:7.1f}-{line['ms_max']:<7.1f} {speed:>10} {line['gflop']:8.1f} "
+            print(f"{size:6} {name:18} {line['ms']:8.1f} {line['ms_min']:7.1f}-{line['ms_max']:<7.1f} {speed:>10} {line['gflop']:8.1f} "
                   f"{100 * line['share_of_limit']:5.0f}% {line['peak_mb']:7.0f}")
-        if "openbeats" in times:
-            print(f"{size}: openbeats takes {statistics.median(times['openbeats']) / statistics.median(times['encoder']):.2f}x our time for the encoder")
+        for name, piece in theirs.items():
+            ratios = sorted(a / b for a, b in zip(times[name], times[piece]))
+            print(f"{size}: {name} takes {statistics.median(times[name]) / statistics.median(times[piece]):.2f}x our time (in single rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
+            results.append(dict(model=size, piece=name, over_ours=ratios))
         if {"mam2", "mam2-live"} <= times.keys():
             live, cached = (statistics.median(times[k]) for k in ("mam2-live", "mam2"))
             print(f"{size}: cached tokens save {100 * (1 - cached / live):.0f} % of an iteration-2 step")
@@ -246,7 +232,7 @@ def figure(cfg, device):
             cost = {}
             for clips, seconds in grid:
                 part = Config(**{**vars(cfg), "clips": clips, "seconds": float(seconds), "only": "encoder,mam"})
-                pieces, _ = pieces_of(size, part, device)
+                pieces = pieces_of(size, part, device)[0]
                 flops = {name: common.flops_of(f) for name, f in pieces.items()}
                 for name, took in measure(pieces, cfg.runs, device).items():
                     cost.setdefault(name, []).append((seconds if axis is left else clips, 1e3 * statistics.median(took) / clips / seconds))

@@ -190,13 +190,11 @@ def conv_direct(x, weight, groups):
     x = F.pad(x.transpose(1, 2), (taps // 2, (taps - 1) // 2))
     return F.conv1d(x, weight.to(x.dtype), groups=groups).transpose(1, 2)
 
-FFT_SIZES = sorted(2**a * 3**b * 5**c for a in range(1, 20) for b in range(3) for c in range(3))
-
 def conv_by_fft(x, weight, groups):
     """The same, as products of spectra: on CPU ten times faster than conv1d and its backward for the tiny model."""
     B, T, D = x.shape
     taps, width = weight.shape[-1], D // groups
-    n = next(n for n in FFT_SIZES if n >= T + taps - 1)     # no wrap-around
+    n = (T + taps - 1 + 63) // 64 * 64      # no wrap-around; small factors
     with torch.autocast(x.device.type, enabled=False):
         x = torch.fft.rfft(x.float(), n=n, dim=1).view(B, -1, groups, width).permute(1, 2, 0, 3)        # (F, G, B, in)
         weight = torch.fft.rfft(weight.float(), n=n).conj().view(groups, width, width, -1).permute(3, 0, 2, 1)  # (F, G, in, out)
@@ -227,18 +225,31 @@ class RelativeBias(nn.Module):
         bias = self.table[relative_bucket(distance, self.buckets, self.max_distance)]   # (2T + 1, H)
         return bias[positions[:, None, :] - positions[:, :, None] + T].permute(0, 3, 1, 2)      # [query, key]
 
+ATTENTION = "auto"      # auto | plain | fused | flex: how attend() computes; auto = fused on GPUs, else plain
+
 def attend(q, k, v, gate, bias, key_bias, dropout=0.0):
     """softmax(q k^T / sqrt(hd) + gate * bias + key_bias) v.
 
     q, k, v: (B, H, T, hd); gate: (B, H, T, 1); bias: (B or 1, H, T, T); key_bias: (B, 1, 1, T) or None.
     """
-    if q.is_cuda:
+    way = ATTENTION if ATTENTION != "auto" else "fused" if q.is_cuda else "plain"
+    if way == "flex" and not dropout:       # it has no dropout; gate * bias never exists in memory
+        def add(score, b, h, i, j):
+            score = score + gate[b, h, i, 0] * bias[b if len(bias) > 1 else 0, h, i, j]
+            return score if key_bias is None else score + key_bias[b, 0, 0, j]
+        return flex_attention(q.is_cuda)(q, k, v, score_mod=add)
+    if way != "plain":
         bias = gate * bias if key_bias is None else gate * bias + key_bias
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout)
     # on CPU the fused kernel's backward with a dense bias is several times slower than the plain steps
     att = torch.addcmul((q * q.shape[-1]**-0.5) @ k.transpose(-1, -2), gate, bias)
     att = att if key_bias is None else att + key_bias
     return F.dropout(att.softmax(-1), dropout, training=dropout > 0) @ v
+
+@functools.lru_cache
+def flex_attention(compiled):
+    from torch.nn.attention import flex_attention as flex
+    return torch.compile(flex.flex_attention) if compiled else flex.flex_attention
 
 class Attention(nn.Module):
     """Multi-head self-attention whose position bias is gated per query (WavLM's gate)."""
@@ -410,6 +421,20 @@ def put(x, index, T):
     grid = x.new_zeros(x.shape[0], T, x.shape[-1])
     return grid.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
 
+def random_mask(noise, valid, mask_ratio):
+    """Uniformly random masks with static shapes. noise, valid: (B, T) -> keep (B, K), masked (B, M) token indices.
+
+    Of the n valid tokens of a clip max(1, round((1 - mask_ratio) n)) are kept, those with the least noise. Indices
+    ascend; a clip with fewer than K or M of them is filled up with T, which stands for no token.
+    """
+    T = noise.shape[1]
+    kept, most = (valid.sum(1).double() * (1 - mask_ratio)).round().clamp(min=1), max(1, round(T * (1 - mask_ratio)))
+    rank_of = noise.masked_fill(~valid, 2.0).argsort(1).argsort(1)             # 0 = least noise
+    token = torch.arange(T, device=noise.device)
+    keep = torch.where(valid & (rank_of < kept[:, None]), token, T).sort(1).values[:, :most]
+    masked = torch.where(valid & (rank_of >= kept[:, None]), token, T).sort(1).values[:, :T - most]
+    return keep, masked
+
 def masked_mean(x, valid):
     """x: (B, T, D), valid: (B, T) -> (B, D); 0 for a clip without valid tokens."""
     weight = valid[..., None].to(x.dtype)
@@ -467,9 +492,10 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(encoder.cfg.dim, len(labels))
 
-    def forward(self, patches, valid=None):
-        """(B, T, 256), (B, T) -> logits (B, classes)"""
-        x = self.head(self.dropout(self.encoder(patches, valid)))
+    def forward(self, patches, valid=None, keep=None):
+        """(B, T, 256), (B, T), keep as in Encoder -> logits (B, classes)"""
+        x = self.head(self.dropout(self.encoder(patches, valid, keep)))
+        valid = keep < patches.shape[1] if valid is not None and keep is not None else valid
         return x.mean(1) if valid is None else masked_mean(x, valid)
 
     def token_logits(self, wav, lengths=None, padding="exact"):

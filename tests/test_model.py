@@ -136,6 +136,33 @@ def test_attention_equals_a_naive_loop(random_encoder):
             out[i, part] = sum(w * v[j, part] for j, w in enumerate(weights))
     assert torch.allclose(attention(x, bias, None)[0], attention.out(out), atol=1e-5)
 
+WAYS = ["plain", "fused", pytest.param("flex", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="its backward needs a GPU"))]
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("clips", [1, 2])       # one bias for all, or one per clip
+def test_all_ways_of_attention_agree(way, clips, monkeypatch):
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    make = lambda *shape: torch.randn(*shape, device=device, requires_grad=True)
+    given = [make(2, 3, 40, 16), make(2, 3, 40, 16), make(2, 3, 40, 16), make(2, 3, 40, 1), make(clips, 3, 40, 40)]
+    padding = model.key_padding_bias(torch.arange(40, device=device) < torch.tensor([[40], [27]], device=device))
+    results = []
+    for chosen in ("plain", way):
+        monkeypatch.setattr(model, "ATTENTION", chosen)
+        y = model.attend(*given, padding)
+        results.append([y, *torch.autograd.grad(y.square().sum(), given)])
+    assert all((a - b).abs().max() < 1e-5 * max(1, b.abs().max()) for a, b in zip(*results))
+
+def test_flex_attention_is_exact_without_gradients(monkeypatch):
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, 40, n) for n in (16, 16, 16, 1, 40)]
+    padding = model.key_padding_bias(torch.arange(40) < torch.tensor([[40], [27]]))
+    for key_bias in (None, padding):
+        expect = model.attend(*given, key_bias)
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "ATTENTION", "flex")
+            assert torch.allclose(model.attend(*given, key_bias), expect, atol=1e-5)
+
 @pytest.mark.parametrize("T, taps", [(8, 16), (48, 16), (128, 128), (40, 7)])
 def test_position_convolution_by_fft(T, taps):
     x, weight = torch.randn(2, T, 12, dtype=torch.double), torch.randn(12, 3, taps, dtype=torch.double)

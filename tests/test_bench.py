@@ -1,0 +1,56 @@
+"""The measuring itself: what is counted, and that nothing is timed that does something else."""
+import json
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+import bench
+import common
+import peers
+from conftest import MICRO
+from model import Classifier, Encoder, MaskedAudioModel, random_mask
+
+def test_every_piece_is_timed_and_counted(tmp_path, capsys):
+    results = bench.main(model="micro", clips=1, seconds=2.56, runs=2, device="cpu", out=str(tmp_path / "bench.json"),
+                         only="fbank,patches,encoder,mam,mam2,mam2-live,tokenizer,finetune")
+    lines = {line["piece"]: line for line in results}
+    assert len(lines) == 9 and all(line["ms_min"] <= line["ms"] <= line["ms_max"] for line in results)
+    assert lines["mam2-live"]["gflop"] > lines["mam2"]["gflop"] > 0 and lines["fbank"]["audio_seconds_per_second"] > 0
+    assert lines["matrix"]["share_of_limit"] == pytest.approx(1)
+    assert json.load(open(tmp_path / "bench.json"))["results"] == results
+    assert "cached tokens save" in capsys.readouterr().out
+
+def test_arithmetic_is_counted_as_by_hand():
+    D, T, L = MICRO.dim, 32, MICRO.layers
+    encoder = Encoder(MICRO).eval()
+    by_hand = 2 * T * (256 * 16 + 16 * D) + L * 2 * T * (4 * D * D + 2 * D * MICRO.ffn + 2 * T * D + 8 * D)    # gate: 8 numbers a head
+    counted = common.flops_of(lambda: encoder(torch.randn(1, T, 256)))
+    assert by_hand < counted * 1.15 and counted < by_hand * 2                   # and the position convolution, as a product of spectra
+
+def test_peers_that_are_unknown_or_missing_are_explained(monkeypatch, tmp_path):
+    flags = dict(model="micro", clips=1, seconds=1.0, runs=1, only="encoder", device="cpu", out=str(tmp_path / "bench.json"))
+    with pytest.raises(common.UserError, match="--peer fairseq: choose one of openbeats, espnet"):
+        bench.main(peer="fairseq", **flags)
+    def missing(*args):
+        raise ModuleNotFoundError("No module named 'espnet2'")
+    monkeypatch.setitem(peers.PEERS, "espnet", missing)
+    with pytest.raises(common.UserError, match="No module named 'espnet2'; python peers.py says how to install it"):
+        bench.main(peer="espnet", **flags)
+
+@pytest.mark.slow
+def test_compiling_breaks_nowhere_and_ends_after_two_lengths():
+    """One graph for the first shape, one for all others: whole models in one piece each, whatever lengths come."""
+    def mam(B, T):
+        keep, masked = random_mask(torch.rand(B, T), torch.ones(B, T, dtype=torch.bool), 0.75)
+        return torch.randn(B, T, 256), None, keep, masked
+    def padded(B, T):
+        return torch.randn(B, T, 256), torch.arange(T) < torch.tensor([[T]] * (B - 1) + [[T // 2]])
+    for model, make in ((MaskedAudioModel(Encoder(MICRO), 64, 2, 16), mam), (Classifier(Encoder(MICRO), ["a", "b", "c"]), padded)):
+        torch._dynamo.reset()
+        counters.clear()
+        model.compile(backend="aot_eager")
+        for n, (B, T) in enumerate([(4, 128), (4, 128), (3, 256), (5, 64), (6, 496), (7, 40), (2, 320)]):
+            model(*make(B, T)).float().sum().backward()
+            assert counters["stats"]["unique_graphs"] == (1 if n < 2 else 2) and not counters["graph_break"]
