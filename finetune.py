@@ -34,7 +34,7 @@ from tqdm import tqdm
 import common
 import data
 from common import UserError, all_sum, autocast
-from model import FRAME, HOP, MELS, PRESETS, Classifier, Encoder, EncoderConfig, fbank, load, masked_mean, patchify, prepare_clips, read_checkpoint
+from model import FRAME, HOP, MELS, MIN_SAMPLES, PRESETS, Classifier, Encoder, EncoderConfig, fbank, load, masked_mean, num_tokens, patchify, prepare_clips, random_mask, read_checkpoint
 
 @dataclass
 class Config:
@@ -55,8 +55,8 @@ class Config:
     loss: str = "auto"              # auto | ce | bce; auto = bce if clips have several labels
     batch_seconds: float = 80.0     # audio per step, all ranks together
     device_seconds: float = 0.0     # most audio per forward pass on one device, 0 = the rank's whole share
-    max_steps: int = 600            # optimizer steps
-    warmup_steps: int = 60          # of linear warm-up, then cosine decay to 0
+    max_steps: int = 1000           # optimizer steps
+    warmup_steps: int = 100         # of linear warm-up, then cosine decay to 0
     lr: float = 5e-4                # peak learning rate
     head_lr: float = 10.0           # the new head's, times this
     lr_decay: float = 1.0           # learning rate of each layer, times this per layer below the head (BEiT; 0.65 to 0.8 are usual)
@@ -65,6 +65,7 @@ class Config:
     balance: str = "none"           # none | weights | unknown: clips weigh the sum of 1000 / count over their classes; or KS1's epochs
     mixup: float = 0.0              # Beta(mixup, mixup) of waveforms, 0 = none
     spec_augment: float = 0.0       # widest mask, as a share of each axis; 0 = none
+    patchout: float = 0.6           # share of the patches left out of every training clip (PaSST): regularises, and costs less
     roll: bool = True               # random circular shift of the waveform
     smoothing: float = 0.0          # label smoothing, of ce
     dropout: float = 0.0            # of layers and attention
@@ -84,7 +85,7 @@ class Config:
     resume: bool = False            # go on: finished folds are kept, an interrupted one continues
 
 # Table 4 of the paper. (?) = its flattened text leaves open which column a value stands in. Optimizer everywhere: AdamW, betas
-# (0.9, 0.98), eps 1e-8 (not given). Not in the table: the clipping of gradients (1.0 as ESPnet), a learning rate of the head's own.
+# (0.9, 0.98), eps 1e-8 (not given). Not in the table: the clipping of gradients (1.0 as ESPnet), a learning rate of the head's own, patchout.
 TABLE4 = dict(          # as2m     as20k     esc50     ks1       ks2       er          KS and ER columns (?) where they differ
     max_steps=         (50000,    80000,    80000,    80000,    80000,    80000),
     warmup_steps=      (5000,     8000,     8000,     8000,     8000,     8000),     # printed as epochs; they are steps
@@ -101,7 +102,7 @@ TABLE4 = dict(          # as2m     as20k     esc50     ks1       ks2       er   
     loss=              ("bce",    "bce",    "ce",     "bce",    "bce",    "ce"),
     fbank_mean=        (15.41663, 15.41663, 11.72215, 11.43905, 11.41045, 12.0889),
     fbank_std=         (6.55582,  6.55582,  10.60431, 5.64913,  5.67857,  4.29147),
-    weight_decay=      (0.01,) * 6, head_lr=(1.0,) * 6)
+    weight_decay=      (0.01,) * 6, head_lr=(1.0,) * 6, patchout=(0.0,) * 6)
 TASKS = {"custom": {}} | {task: {key: row[i] for key, row in TABLE4.items()} for i, task in enumerate(("as2m", "as20k", "esc50", "ks1", "ks2", "er"))}
 
 # -----------------------------------------------------------------------------
@@ -451,6 +452,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     batches = iter(data.Loader(clips, stream, cfg.workers))
     stop = common.Stop()
     window, seen, began = torch.zeros(3, dtype=torch.float64, device=device), 0.0, time.time()
+    flops, rate = 0.0, common.matrix_rate(device, cfg.dtype) * world                # of a second of audio; of all devices
     save = lambda path: common.save_checkpoint(path, kind="classifier", encoder=dataclasses.asdict(encoder.cfg), labels=pack.classes,
         multilabel=model.multilabel, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, place=place,
         config=dataclasses.asdict(cfg), best=best, pack=pack.info["id"])
@@ -465,17 +467,23 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
         batch = data.to_device(batch, device)
         wav, lengths, truth = augment(batch, truth, cfg, generator)
         chance = torch.rand(len(wav), 2, 2, generator=generator).to(device)             # of SpecAug, the same for any split into parts
+        noise = torch.rand(len(wav), num_tokens(max(wav.shape[1], MIN_SAMPLES)), generator=generator).to(device)       # of patchout
         size = max(1, int(cfg.device_seconds * data.SAMPLE_RATE // wav.shape[1])) if cfg.device_seconds else len(wav)
-        parts = list(zip(wav.split(size), lengths.split(size), truth.split(size), chance.split(size)))
+        parts = list(zip(wav.split(size), lengths.split(size), truth.split(size), chance.split(size), noise.split(size)))
         count = all_sum(torch.tensor(float(len(wav)), device=device))
-        for i, (wav, lengths, truth, chance) in enumerate(parts):
+        for i, (wav, lengths, truth, chance, noise) in enumerate(parts):
             wav, real = prepare_clips(wav, lengths)
             x = encoder.normalise(fbank(wav))
             if cfg.spec_augment:
                 x = spec_augment(x, 1 + (lengths - FRAME) // HOP, cfg.spec_augment, chance)
+            inputs = patchify(x), None if batch["full"] else real, random_mask(noise, real, cfg.patchout)[0] if cfg.patchout else None
+            if not flops:                                                           # the backward pass costs twice the forward
+                with torch.no_grad(), autocast(device, cfg.dtype):
+                    flops = 3 * common.flops_of(lambda: model.eval().forward(*inputs)) / (wav.numel() / data.SAMPLE_RATE)
+                model.train()
             with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else ddp.no_sync():
                 with autocast(device, cfg.dtype):
-                    logits = ddp(patchify(x), None if batch["full"] else real)
+                    logits = ddp(*inputs)
                 loss = classification_loss(logits.float(), truth, cfg)
                 (loss * world / count).backward()                               # DDP divides by world
             window += torch.stack([loss.detach(), (logits.argmax(1) == truth.argmax(1)).sum(), torch.tensor(len(wav), device=device)])
@@ -488,7 +496,8 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.max_steps:
             loss, correct, n = all_sum(window).tolist()
-            log(step=done, loss=loss / n, accuracy=correct / n, lr=lr, x_realtime=seen / (time.time() - began), epoch=place[0])
+            log(step=done, loss=loss / n, accuracy=correct / n, lr=lr, x_realtime=seen / (time.time() - began),
+                mfu=flops * seen / (time.time() - began) / rate, epoch=place[0])
             window, seen, began = torch.zeros_like(window), 0.0, time.time()
         paused, step = time.time(), done
         if stop.now(done, device):

@@ -16,7 +16,7 @@ import data
 import finetune
 from common import UserError, make_optimizer
 from conftest import MICRO, ROOT
-from model import Classifier, Encoder, fbank, load, num_tokens, patchify
+from model import Classifier, Encoder, fbank, load, num_tokens, patchify, random_mask
 
 FAST = dict(model="micro", batch_seconds=8.0, warmup_steps=2, device="cpu")
 
@@ -188,6 +188,28 @@ def test_training_masks_normalised_features_of_each_clip_on_its_own(toy, tmp_pat
     for x, bins, times in zip(seen[0], bins, times):
         assert (x == 0).sum() == len(bins) * len(x) + len(times) * 128 - len(bins) * len(times)
         assert all(b - a == 1 for mask in (bins, times) for a, b in zip(mask, mask[1:]))
+
+def test_patchout_leaves_out_patches_in_training_only(toy, tmp_path, monkeypatch):
+    seen, forward = [], Encoder.forward
+    def spy(self, patches, valid=None, keep=None, **options):
+        seen.append((self.training, None if keep is None else keep.shape[1] / patches.shape[1]))
+        return forward(self, patches, valid, keep, **options)
+    monkeypatch.setattr(Encoder, "forward", spy)
+    finetune.main(data=toy, out_dir=str(tmp_path), max_steps=2, patchout=0.75, **FAST)
+    assert {share for training, share in seen if training} == {36 / 144} and [share for training, share in seen if not training][1:] == \
+        [None] * (sum(not training for training, _ in seen) - 1)            # the first counts the arithmetic of a step
+    assert all(0 < line["mfu"] < 1.5 for line in log(tmp_path / "finetune_toy.jsonl") if "mfu" in line)
+
+def test_a_classifier_of_some_patches_averages_those(random_encoder):
+    torch.manual_seed(0)
+    model = Classifier(random_encoder, ["a", "b", "c"]).eval()
+    patches, valid = torch.randn(2, 48, 256), torch.arange(48) < torch.tensor([[48], [24]])
+    keep = random_mask(torch.rand(2, 48), valid, 0.5)[0]
+    tokens = model.head(random_encoder(patches, valid, keep))
+    expect = torch.stack([tokens[0].mean(0), tokens[1, :12].mean(0)])
+    assert torch.allclose(model(patches, valid, keep), expect, atol=1e-6)
+    everything = torch.arange(48).expand(2, 48)
+    assert torch.allclose(model(patches, None, everything), model(patches), atol=1e-5)
 
 def test_weighted_sampling():
     """Expected draws: AST's weights, the sum over a clip's classes of 1000 / (count + 0.01), with replacement."""
