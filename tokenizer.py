@@ -170,11 +170,26 @@ def gather_rows(x):
     dist.all_gather(parts, F.pad(x, (0, 0, 0, most - len(x))).contiguous())
     return torch.cat([part[:int(size)] for part, size in zip(parts, sizes)])
 
+def moments(x):
+    """Number, sum (D,) and sum of products (D, D) of the rows of x (n, D), over all ranks; float64."""
+    x = x.double()
+    return all_sum(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)), all_sum(x.sum(0)), all_sum(x.T @ x)
+
+def whitening(n, total, products, share=0.95):
+    """From moments: mean (D,), matrix (D, D) float32. (x - mean) @ matrix are principal components of unit variance, largest first;
+    zeros beyond those that hold this share of the variance: what little the others say is mostly noise."""
+    n = n.clamp(min=1)
+    mean = total / n
+    values, vectors = torch.linalg.eigh(products / n - mean[:, None] * mean)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    held = values.cumsum(0) - values < share * values.sum()
+    return mean.float(), torch.where(held, vectors / values.clamp(min=1e-12).sqrt(), 0).float()
+
 class SelfDistilledTokenizer(Tokenizer):
     """Encoder -> Linear-Tanh-Linear -> unit vector -> nearest code -> estimator -> teacher's features (equations 2, 3).
 
     The estimator (blocks of its own, on the straight-through codes) exists for training only; 0 blocks = none.
-    target_mean, target_width: of the teacher's features, see train_tokenizer.py.
+    target_mean, target_map: the estimator predicts (features - target_mean) @ target_map, see train_tokenizer.py.
     """
 
     def __init__(self, encoder: Encoder, n_codes=1024, code_dim=256, estimator_blocks=3, target_width=0):
@@ -191,6 +206,18 @@ class SelfDistilledTokenizer(Tokenizer):
             self.blocks = nn.ModuleList(Block(cfg, estimator_blocks) for _ in range(estimator_blocks))
             self.head = nn.Linear(cfg.dim, target_width)
             self.register_buffer("target_mean", torch.zeros(target_width))
+            self.register_buffer("target_map", torch.eye(target_width))
+
+    @torch.no_grad()
+    def start_(self, x):
+        """Quantize layer and codebook from encoder outputs x (n, dim) of all ranks: whitened, a little bent by the tanh; k-means."""
+        mean, matrix = whitening(*moments(x))
+        first, _, last = self.quantize_layer
+        first.weight.copy_(0.3 * matrix.T)
+        first.bias.copy_(-0.3 * mean @ matrix)
+        last.weight.copy_(torch.eye(*last.weight.shape) / 0.3)
+        last.bias.zero_()
+        self.codebook.kmeans_start_(F.normalize(self.quantize_layer(x), dim=-1))
 
     def quantize_input(self, patches, valid=None):
         """(B, T, 256) -> (B, T, code_dim) float32 unit vectors"""

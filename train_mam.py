@@ -28,7 +28,7 @@ import common
 import data
 import finetune
 from common import UserError, all_sum, autocast
-from model import BANDS, PRESETS, Classifier, Encoder, EncoderConfig, MaskedAudioModel, fbank, load, patchify, valid_tokens
+from model import BANDS, PRESETS, Classifier, Encoder, EncoderConfig, MaskedAudioModel, fbank, load, patchify, random_mask, valid_tokens
 from tokenizer import RandomProjectionTokenizer, cached_tokens, code_use, is_silent, load_tokenizer, tokenizer_hash, tokenizer_state
 
 @dataclass
@@ -43,7 +43,7 @@ class Config:
     predictor_dim: int = 0          # their width, 0 = the encoder's, with tiny 128
     predictor_heads: int = 0        # their heads, 0 = the encoder's
     mask_ratio: float = 0.75        # share of the valid patches that is masked
-    mask_rows: bool = False         # mask whole rows, all 8 bands of 160 ms, instead of single patches
+    mask_block: int = 1             # patches are kept and masked in clusters of about this many rows and bands; 1 = one by one
     crop_seconds: float = 2.56      # random crops of this length, 0 = whole clips
     batch_seconds: float = 41.0     # audio per step, all ranks together
     device_seconds: float = 0.0     # most audio per forward pass on one device, 0 = the rank's whole share
@@ -64,20 +64,6 @@ class Config:
     probe: str = ""                 # labelled pack for a frozen linear probe before and after; toy sounds: themselves
     resume: bool = False            # continue out/mam_iter<k>.pt
 
-def random_mask(noise, valid, mask_ratio):
-    """Uniformly random masks with static shapes. noise, valid: (B, T) -> keep (B, K), masked (B, M) token indices.
-
-    Of the n valid tokens of a clip max(1, round((1 - mask_ratio) n)) are kept, those with the least noise. Indices
-    ascend; a clip with fewer than K or M of them is filled up with T, which stands for no token.
-    """
-    T = noise.shape[1]
-    kept, most = (valid.sum(1).double() * (1 - mask_ratio)).round().clamp(min=1), max(1, round(T * (1 - mask_ratio)))
-    rank_of = noise.masked_fill(~valid, 2.0).argsort(1).argsort(1)             # 0 = least noise
-    token = torch.arange(T, device=noise.device)
-    keep = torch.where(valid & (rank_of < kept[:, None]), token, T).sort(1).values[:, :most]
-    masked = torch.where(valid & (rank_of >= kept[:, None]), token, T).sort(1).values[:, :T - most]
-    return keep, masked
-
 @torch.no_grad()
 def prepare(batch, encoder, tokenizer, cfg):
     """Waveforms -> everything the model and the loss need: patches, valid, keep, masked, targets (B, M), -1 = none."""
@@ -86,9 +72,11 @@ def prepare(batch, encoder, tokenizer, cfg):
     labels = batch["tokens"] if "tokens" in batch else tokenizer.codes(features, valid)
     labels = labels.masked_fill(~valid | is_silent(features), -1)               # silence is not worth predicting
     noise = batch["noise"]
-    if cfg.mask_rows:                                                           # the bands of a row stand together
-        bands = noise.view(len(noise), -1, BANDS)
-        noise = (bands[..., :1] + 1e-3 * bands).flatten(1)
+    if cfg.mask_block > 1:                                                      # mean of the noise around: neighbours stand or fall together
+        noise = noise.view(len(noise), -1, BANDS)
+        for axis in (1, 2):
+            noise = sum(noise.roll(i, axis) for i in range(cfg.mask_block)) / cfg.mask_block
+        noise = noise.flatten(1)
     keep, masked = random_mask(noise, valid, cfg.mask_ratio)
     targets = F.pad(labels, (0, 1), value=-1).gather(1, masked)
     valid = None if batch.get("full") else valid                                # no padding: attention need not look for it

@@ -7,8 +7,8 @@ Distil a teacher into an acoustic tokenizer: its codes must let an estimator pre
 
 Writes out/tokenizer_iter<k>.pt, the labels of train_mam.py --iter k, and .jsonl. The loss is 1 - cosine to the teacher's
 features plus beta times the squared distance of the encoder's vectors to their codes, over valid tokens. Glossary: cosine
-to the centred teacher's features; commitment: squared distance; codes_used, dead_codes, perplexity: since the last log line;
-revived: codes put to new use since then. `python report.py out/tokenizer_iter2.pt --data PACK` says what the codes are worth.
+to the teacher's features, as --targets makes them; commitment: squared distance; codes_used, dead_codes, perplexity: since the last log line;
+revived: codes put to new use since then; mfu: see train_mam.py. `python report.py out/tokenizer_iter2.pt --data PACK` says what the codes are worth.
 """
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ import common
 import data
 from common import UserError, all_sum, autocast
 from model import BANDS, PRESETS, Classifier, Encoder, EncoderConfig, fbank, load, patchify, valid_tokens
-from tokenizer import SelfDistilledTokenizer, code_use, is_silent, tokenizer_state
+from tokenizer import SelfDistilledTokenizer, code_use, is_silent, moments, tokenizer_state, whitening
 
 # Table 4 of the paper, by teacher; batches in seconds of audio over all devices
 TABLE_4 = {
@@ -46,7 +46,7 @@ class Config:
     codes: int = 1024               # size of the codebook
     code_dim: int = 256             # width of a code
     estimator_blocks: int = 3       # transformer blocks from codes to features
-    centre: bool = True             # subtract the mean of the teacher's features: most of each is common to all
+    targets: str = "whiten"         # whiten | centre | raw: teacher's features as whitened components, less their mean, or as they are
     beta: float = 1.0               # weight of the commitment loss
     decay: float = 0.99             # of the codebook's moving average
     revive: float = 0.1             # codes used less than this share of the average start anew, 0 = never
@@ -82,11 +82,11 @@ def prepare(batch, encoder, teacher, layers="last"):
         target = teacher.head(states[-1])
     return patchify(encoder.normalise(features)), valid, target.float(), is_silent(features)
 
-def losses(model, patches, valid, target, mean):
+def losses(model, patches, valid, target):
     """Sums over valid tokens of 1 - cosine and of the commitment, and z (B, T, d), codes (B, T)."""
     z, codes, predicted = model(patches, valid)
-    distance = 1 - F.cosine_similarity(predicted.float(), target - mean, dim=-1)            # (B, T)
     raw = model.module if hasattr(model, "module") else model
+    distance = 1 - F.cosine_similarity(predicted.float(), (target - raw.target_mean) @ raw.target_map, dim=-1)      # (B, T)
     commitment = (z - raw.codebook.weight[codes]).square().sum(-1)                          # equation 3, per token
     return (distance * valid).sum(), (commitment * valid).sum(), z.detach(), codes
 
@@ -99,7 +99,7 @@ def evaluate(model, teacher, batches, cfg, device):
     for batch in batches:
         with autocast(device, cfg.dtype):
             patches, valid, target, _ = prepare(data.to_device(batch, device), model.encoder, teacher, cfg.teacher_layers)
-            distance, commitment, _, codes = losses(model, patches, valid, target, model.target_mean)
+            distance, commitment, _, codes = losses(model, patches, valid, target)
         total += torch.stack([distance, commitment, valid.sum()])
         place = codes + torch.arange(codes.shape[1], device=device) % BANDS * cfg.codes
         counts += torch.bincount(place[valid], minlength=counts.numel()).view_as(counts)
@@ -167,22 +167,33 @@ def main(**flags):
     log(f"tokenizer {cfg.iter}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {cfg.codes} codes of {cfg.code_dim}, "
         f"teacher {teacher_path} ({'token logits' if isinstance(teacher, Classifier) else cfg.teacher_layers + ' layer'}, {width} wide)")
 
-    # start of the codebook: k-means over all ranks; mean of the teacher's features
+    # start of the codebook; mean and principal components of the teacher's features
     fixed = lambda *args: data.fixed_batches(clips, args[0], min(cfg.batch_seconds, 100.0 * world), cfg.seed, *args[1:])
     mine = slice(rank, None, world)
     if not ckpt:
-        z, mean, n = [], torch.zeros(width, device=device), torch.zeros((), device=device)
+        x, y, most = [torch.zeros(0, shape.dim, device=device)], [torch.zeros(0, width, device=device)], 200_000 // world      # a rank may have none
         model.eval()
         with torch.no_grad(), autocast(device, cfg.dtype):
             for batch in tqdm(fixed(train, 32, 0, mine), desc="k-means sample", leave=False, disable=True if rank else None):
                 patches, ok, target, silent = prepare(data.to_device(batch, device), model.encoder, teacher, cfg.teacher_layers)
-                z.append(model.quantize_input(patches, ok)[ok & ~silent])
-                mean, n = mean + target[ok].sum(0), n + ok.sum()
+                x.append(model.encoder(patches, ok)[ok & ~silent].float())
+                y.append(target[ok])
         model.train()
-        if cfg.centre:
-            model.target_mean.copy_(all_sum(mean) / all_sum(n))
-        z = torch.cat([*z, torch.zeros(0, cfg.code_dim, device=device)])       # a rank may have none
-        model.codebook.kmeans_start_(z[torch.randperm(len(z))[:200_000 // world].to(device)])
+        chosen = lambda rows: (rows := torch.cat(rows))[torch.randperm(len(rows))[:most].to(device)]
+        mean, matrix = whitening(*moments(chosen(y)))
+        if cfg.targets != "raw":
+            model.target_mean.copy_(mean)
+        if cfg.targets == "whiten":
+            model.target_map.copy_(matrix)
+        model.start_(chosen(x))
+    flops, rate = 0.0, 1.0                      # of a second of audio: teacher once, model three times for its backward pass; of all devices
+    if rank == 0:
+        batch = data.to_device(next(iter(fixed(train, 1, 0))), device)
+        with torch.no_grad(), autocast(device, cfg.dtype):
+            inputs = prepare(batch, model.encoder, teacher, cfg.teacher_layers)[:3]
+            flops = common.flops_of(lambda: prepare(batch, model.encoder, teacher, cfg.teacher_layers))
+            flops += 3 * common.flops_of(lambda: losses(model, *inputs))
+        flops, rate = flops / (batch["wav"].numel() / data.SAMPLE_RATE), common.matrix_rate(device, cfg.dtype) * world
     ddp = common.wrap(model, device, cfg.compile)
 
     # training
@@ -209,7 +220,7 @@ def main(**flags):
             with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else ddp.no_sync():
                 with autocast(device, cfg.dtype):
                     patches, ok, target, silent = prepare(part, model.encoder, teacher, cfg.teacher_layers)
-                    distance, commitment, part_z, part_codes = losses(ddp, patches, ok, target, model.target_mean)
+                    distance, commitment, part_z, part_codes = losses(ddp, patches, ok, target)
                 ((distance + cfg.beta * commitment) * world / count).float().backward()     # DDP divides by world
             z.append(part_z[ok & ~silent])          # silence is not worth codes
             codes.append(part_codes[ok & ~silent])
@@ -228,7 +239,7 @@ def main(**flags):
             use = code_use(all_sum(counts)[None].cpu())
             log(step=done, cosine=1 - distance / n, commitment=commitment / n, codes_used=use["codes_used"],
                 dead_codes=cfg.codes - use["codes_used"], perplexity=use["perplexity"], revived=revived, lr=optimizer.param_groups[0]["lr"],
-                x_realtime=seen / (time.time() - began), epoch=place[0])
+                x_realtime=seen / (time.time() - began), mfu=flops * seen / (time.time() - began) / rate, epoch=place[0])
             if use["perplexity"] < 0.05 * cfg.codes:
                 log(f"WARNING: the codebook is collapsing, {use['codes_used']} of {cfg.codes} codes in use, perplexity {use['perplexity']:.1f}; "
                     "stop this run and try a lower --lr, a longer --warmup_steps, a higher --revive, or --from_teacher")

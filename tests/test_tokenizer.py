@@ -21,7 +21,7 @@ import train_tokenizer
 from conftest import MICRO, ROOT
 from model import PRESETS, CheckpointError, Classifier, Encoder, fbank, load, load_official, patchify, valid_tokens
 from tokenizer import (Codebook, RandomProjectionTokenizer, SelfDistilledTokenizer, cached_tokens, code_use, export_official_tokenizer,
-                       is_silent, load_tokenizer, token_id)
+                       is_silent, load_tokenizer, token_id, moments, whitening)
 
 @pytest.mark.parametrize("case", ["single_1s", "padded_1s"])
 def test_labels_equal_the_official_ones(golden, official, case):
@@ -292,6 +292,41 @@ def test_a_compiled_encoder_gives_the_same_tokens():
     assert torch.equal(tok.encode(wav, lengths), before)
 
 # ---- distillation
+
+def test_whitening():
+    torch.manual_seed(0)
+    x = torch.randn(5000, 12) @ torch.diag(torch.tensor([9.0, 4, 2, 1] + [0.01] * 8)) @ torch.linalg.qr(torch.randn(12, 12))[0] + 7
+    mean, matrix = whitening(*moments(x), share=0.95)
+    y = (x - mean) @ matrix
+    assert torch.allclose(mean, x.mean(0), atol=1e-4)
+    assert torch.allclose(torch.cov(y.T), torch.diag(torch.tensor([1.0, 1] + [0.0] * 10)), atol=1e-2)      # 81 + 16 of 102: two suffice
+    assert torch.cov((x @ matrix)[:, 0], correction=0) == pytest.approx(1, abs=1e-2)
+    assert whitening(*moments(torch.zeros(0, 3)))[1].abs().max() == 0                                        # nothing: nothing
+
+def test_a_tokenizer_starts_as_k_means_of_whitened_features():
+    torch.manual_seed(0)
+    tok = SelfDistilledTokenizer(Encoder(MICRO), 16, 64, 1, 32)
+    directions = torch.linalg.qr(torch.randn(32, 32))[0][:, :8]
+    clusters = torch.randint(16, (4000,))
+    centres = F.normalize(torch.randn(16, 8), dim=-1)
+    x = (centres[clusters] + 0.02 * torch.randn(4000, 8)) @ torch.diag(torch.tensor([30.0, 1, 1, 1, 1, 1, 1, 0.7])) @ directions.T + 3
+    tok.start_(x)
+    codes = tok.codebook.nearest(F.normalize(tok.quantize_layer(x), dim=-1))
+    together = torch.zeros(16, 16).index_put_((codes, clusters), torch.ones(4000), accumulate=True)
+    assert together.max(0).values.sum() > 3600          # clusters that one loud direction would have hidden
+    assert torch.allclose(tok.codebook.weight.norm(dim=-1), torch.ones(16), atol=1e-5)
+
+@pytest.mark.parametrize("targets", ["whiten", "centre", "raw"])
+def test_targets_of_distillation(targets, toy, teacher, tmp_path):
+    train_tokenizer.main(data=toy, teacher=teacher, out_dir=str(tmp_path), targets=targets, max_steps=1, **DISTIL)
+    tok, encoder = load_tokenizer(tmp_path / "tokenizer_iter2.pt"), load(teacher)
+    pack = data.Pack(toy)
+    x = torch.cat([encoder.features(torch.from_numpy(pack.audio(i)[None] / np.float32(32768)))[0][0] for i in range(len(pack))]).detach()
+    y = (x - tok.target_mean) @ tok.target_map
+    assert (y.mean(0).abs().max() < 0.2) == (targets != "raw")
+    spread = torch.cov(y.T).diagonal()
+    assert (abs(spread[spread > 0.1] - 1).max() < 0.2) == (targets == "whiten")
+
 
 DISTIL = dict(codes=64, code_dim=16, estimator_blocks=1, batch_seconds=20.0, warmup_steps=2, log_every=2, device="cpu")
 

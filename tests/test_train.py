@@ -138,15 +138,17 @@ def test_flags_typed_win_over_the_checkpoint(toy, tmp_path):
     assert ckpt["config"]["predictor_dim"] == 32 and ckpt["config"]["lr"] == 7e-4
     assert sorted(g["weight_decay"] for g in ckpt["optimizer"]["param_groups"]) == [0.0, 0.5]
 
-def test_whole_rows_can_be_masked():
+def test_masks_come_in_clusters():
     torch.manual_seed(0)
-    batch = dict(wav=0.1 * torch.randn(3, 41200), lengths=torch.tensor([41200, 41200, 20720]), noise=torch.rand(3, 128))
+    batch = dict(wav=0.1 * torch.randn(400, 41200), lengths=torch.tensor([41200, 20720] * 200), noise=torch.rand(400, 128))
     tokenizer = RandomProjectionTokenizer(n_codes=16)
-    inputs, _, _ = train_mam.prepare(batch, Encoder(MICRO), tokenizer, train_mam.Config(mask_rows=True))
-    for keep, rows in zip(inputs["keep"], (16, 16, 8)):
-        assert keep[keep < 128].view(-1, 8).remainder(8).tolist() == [list(range(8))] * (rows // 4)      # a quarter of them, whole
-    single = train_mam.prepare(batch, Encoder(MICRO), tokenizer, train_mam.Config())[0]["keep"][0]
-    assert len(set((single // 8).tolist())) > 8
+    for size in (1, 3, 5):
+        keep = train_mam.prepare(batch, Encoder(MICRO), tokenizer, train_mam.Config(mask_block=size))[0]["keep"]
+        kept = torch.zeros(400, 129).scatter(1, keep, 1.0)[:, :128].view(200, 2, 16, 8)
+        assert kept[:, 0].flatten(1).sum(1).unique().tolist() == [32] and kept[:, 1].flatten(1).sum(1).unique().tolist() == [16]
+        assert (kept[:, 0].mean(0) - 0.25).abs().max() < 0.12                       # no place is special
+        beside = (kept[:, 0, 1:] * kept[:, 0, :-1]).sum() / kept[:, 0, 1:].sum()     # how often the row before is kept, too
+        assert abs(beside - {1: 0.24, 3: 0.53, 5: 0.67}[size]) < 0.06
 
 # ---- several ranks
 
@@ -187,7 +189,7 @@ def test_ranks_give_the_gradient_of_one_in_distillation(toy, loop, tmp_path):
         f"{loop[0]}/mam_iter1.pt", "--codes", 32, "--code_dim", 8, "--estimator_blocks", 1], [ONE, TWO])
 
 def test_ranks_give_the_gradient_of_one_in_fine_tuning(toy, loop, tmp_path):
-    compare_gradients(tmp_path, "finetune.py", "finetune_toy", ["--data", toy, "--clip", 1e9, "--batch_seconds", 24, "--no-roll", "--init",
+    compare_gradients(tmp_path, "finetune.py", "finetune_toy", ["--data", toy, "--clip", 1e9, "--batch_seconds", 24, "--no-roll", "--patchout", 0, "--init",
         f"{loop[0]}/mam_iter1.pt"], [ONE, TWO])
 
 CODEBOOKS = """
