@@ -6,6 +6,7 @@ How fast each piece is, and how close to this machine's limit.
     python bench.py --model base --only encoder,mam --peer espnet,openbeats     # alternating with others (peers.py), and the ratios
     python bench.py --only data --data packs/mine       # reading a pack, against copying memory and decoding FLAC
     python bench.py --figure out/cost.png               # cost per token against clip length and batch
+    python bench.py --memory                            # seconds of audio per step that fit into a GPU
 
 Pieces run in turn, --runs times after a warm-up, so that a drifting machine is the same for all; medians, with the spread.
 `limit` is the share of the machine's matrix rate, measured in the same rounds: products of the model's own shape in the same
@@ -17,17 +18,19 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 import common
 import data
+import model
 import peers
 import train_mam
 import train_tokenizer
 from common import UserError, autocast
-from model import PRESETS, Classifier, Encoder, MaskedAudioModel, fbank, patchify, valid_tokens
+from model import PRESETS, Classifier, Encoder, MaskedAudioModel, fbank, patchify, random_mask, valid_tokens
 from tokenizer import RandomProjectionTokenizer, SelfDistilledTokenizer
 
 @dataclass
@@ -41,6 +44,7 @@ class Config:
     runs: int = 5                   # timed rounds, after one to warm up
     peer: str = ""                  # others to time beside ours: openbeats, espnet, torchaudio, kaldi (see peers.py)
     data: str = ""                  # pack for the data piece; none = made-up clips
+    memory: bool = False            # what a step keeps in memory, instead of the table: counted, not measured
     figure: str = ""                # PNG of cost per token against clip length and batch, instead of the table
     device: str = "auto"            # auto | cpu | cuda
     out: str = "out/bench.json"     # results
@@ -217,6 +221,38 @@ def table(cfg, device):
             print(f"{size}: cached tokens save {100 * (1 - cached / live):.0f} % of an iteration-2 step")
     return results
 
+def memory(cfg):
+    """What a training step keeps on a GPU, counted on this machine: every tensor that autograd saves for the backward pass of a clip
+    of 10 s in mixed precision, with the attention and convolution that GPUs use; beside weights, gradients and AdamW's moments, 16
+    bytes a parameter. With recompute one block's share comes on top. A tenth of a card is left for the rest."""
+    results, cards = [], (16, 24, 40, 80)
+    print(f"{'model':6} {'step':9} {'':10} {'fixed GB':>8} {'MB per s':>9}   seconds of audio that fit into {', '.join(map(str, cards))} GB")
+    for size in cfg.model.split(","):
+        for step in ("mam", "finetune"):
+            for recompute in (False, True):
+                torch.manual_seed(0)
+                encoder, saved = Encoder(PRESETS[size]), {}
+                encoder.recompute = recompute
+                net = (MaskedAudioModel(encoder, 1024, *((2, 128) if size == "tiny" else (3, 0))) if step == "mam" else Classifier(encoder, list(map(str, range(527))))).train()
+                keep, masked = random_mask(torch.rand(1, 496), torch.ones(1, 496, dtype=torch.bool), 0.75)
+                own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+                def save(x):
+                    storage = x.untyped_storage()               # held, so that no address comes twice
+                    saved[storage.data_ptr()] = storage
+                    return x
+                with mock.patch.multiple(model, ATTENTION="fused", conv_by_fft=model.conv_direct), torch.autocast("cpu", torch.bfloat16), \
+                        torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+                    out = net(torch.randn(1, 496, 256), None, **(dict(keep=keep, masked=masked) if step == "mam" else {}))
+                fixed = 16 * sum(p.numel() for p in net.parameters())
+                second = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own) / 10
+                if recompute:
+                    second += (whole - second) / encoder.cfg.layers
+                whole = second
+                fits = [max(0, int((0.9 * card * 1e9 - fixed) / second)) for card in cards]
+                results.append(dict(model=size, piece=f"{step} memory", recompute=recompute, fixed_gb=fixed / 1e9, mb_per_second=second / 1e6, fits=dict(zip(cards, fits))))
+                print(f"{size:6} {step:9} {'recompute' if recompute else '':10} {fixed / 1e9:8.2f} {second / 1e6:9.1f}   {', '.join(map(str, fits))}", flush=True)
+    return results
+
 def figure(cfg, device):
     """Milliseconds per second of audio of a forward pass and a pre-training step, against clip length and against batch."""
     try:
@@ -259,8 +295,8 @@ def main(**flags):
         raise UserError(f"--model {cfg.model}: sizes are {', '.join(PRESETS)}")
     device = common.setup(cfg.device)[2]
     print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {cfg.dtype}, {cfg.clips} clips of {cfg.seconds:g} s, {cfg.runs} runs")
-    results = figure(cfg, device) if cfg.figure else table(cfg, device) if set(cfg.only.split(",")) - {"data"} else []
-    if "data" in cfg.only.split(",") and not cfg.figure:
+    results = memory(cfg) if cfg.memory else figure(cfg, device) if cfg.figure else table(cfg, device) if set(cfg.only.split(",")) - {"data"} else []
+    if "data" in cfg.only.split(",") and not (cfg.figure or cfg.memory):
         results.append(reading(cfg))
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     Path(cfg.out).write_text(json.dumps(dict(device=device.type, threads=torch.get_num_threads(), torch=str(torch.__version__), results=results), indent=1))

@@ -209,14 +209,15 @@ class SelfDistilledTokenizer(Tokenizer):
             self.register_buffer("target_map", torch.eye(target_width))
 
     @torch.no_grad()
-    def start_(self, x):
-        """Quantize layer and codebook from encoder outputs x (n, dim) of all ranks: whitened, a little bent by the tanh; k-means."""
-        mean, matrix = whitening(*moments(x))
-        first, _, last = self.quantize_layer
-        first.weight.copy_(0.3 * matrix.T)
-        first.bias.copy_(-0.3 * mean @ matrix)
-        last.weight.copy_(torch.eye(*last.weight.shape) / 0.3)
-        last.bias.zero_()
+    def start_(self, x, whiten):
+        """Codebook: k-means of encoder outputs x (n, dim) of all ranks, through a random quantize layer or one that whitens them."""
+        if whiten:
+            mean, matrix = whitening(*moments(x))
+            first, _, last = self.quantize_layer
+            first.weight.copy_(0.3 * matrix.T)                          # small: where the tanh is nearly straight
+            first.bias.copy_(-0.3 * mean @ matrix)
+            last.weight.copy_(torch.eye(*last.weight.shape) / 0.3)
+            last.bias.zero_()
         self.codebook.kmeans_start_(F.normalize(self.quantize_layer(x), dim=-1))
 
     def quantize_input(self, patches, valid=None):

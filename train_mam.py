@@ -43,7 +43,6 @@ class Config:
     predictor_dim: int = 0          # their width, 0 = the encoder's, with tiny 128
     predictor_heads: int = 0        # their heads, 0 = the encoder's
     mask_ratio: float = 0.75        # share of the valid patches that is masked
-    mask_block: int = 1             # patches are kept and masked in clusters of about this many rows and bands; 1 = one by one
     crop_seconds: float = 2.56      # random crops of this length, 0 = whole clips
     batch_seconds: float = 41.0     # audio per step, all ranks together
     device_seconds: float = 0.0     # most audio per forward pass on one device, 0 = the rank's whole share
@@ -71,13 +70,7 @@ def prepare(batch, encoder, tokenizer, cfg):
     valid = valid_tokens(batch["lengths"], batch["wav"].shape[1])
     labels = batch["tokens"] if "tokens" in batch else tokenizer.codes(features, valid)
     labels = labels.masked_fill(~valid | is_silent(features), -1)               # silence is not worth predicting
-    noise = batch["noise"]
-    if cfg.mask_block > 1:                                                      # mean of the noise around: neighbours stand or fall together
-        noise = noise.view(len(noise), -1, BANDS)
-        for axis in (1, 2):
-            noise = sum(noise.roll(i, axis) for i in range(cfg.mask_block)) / cfg.mask_block
-        noise = noise.flatten(1)
-    keep, masked = random_mask(noise, valid, cfg.mask_ratio)
+    keep, masked = random_mask(batch["noise"], valid, cfg.mask_ratio)
     targets = F.pad(labels, (0, 1), value=-1).gather(1, masked)
     valid = None if batch.get("full") else valid                                # no padding: attention need not look for it
     return dict(patches=patchify(encoder.normalise(features)), valid=valid, keep=keep, masked=masked), targets, labels

@@ -46,7 +46,7 @@ class Config:
     codes: int = 1024               # size of the codebook
     code_dim: int = 256             # width of a code
     estimator_blocks: int = 3       # transformer blocks from codes to features
-    targets: str = "whiten"         # whiten | centre | raw: teacher's features as whitened components, less their mean, or as they are
+    targets: str = "centre"         # centre | whiten | raw: teacher's features less their mean, as whitened components, or as they are
     beta: float = 1.0               # weight of the commitment loss
     decay: float = 0.99             # of the codebook's moving average
     revive: float = 0.1             # codes used less than this share of the average start anew, 0 = never
@@ -185,7 +185,7 @@ def main(**flags):
             model.target_mean.copy_(mean)
         if cfg.targets == "whiten":
             model.target_map.copy_(matrix)
-        model.start_(chosen(x))
+        model.start_(chosen(x), cfg.targets == "whiten")
     flops, rate = 0.0, 1.0                      # of a second of audio: teacher once, model three times for its backward pass; of all devices
     if rank == 0:
         batch = data.to_device(next(iter(fixed(train, 1, 0))), device)

@@ -29,6 +29,13 @@ def test_arithmetic_is_counted_as_by_hand():
     counted = common.flops_of(lambda: encoder(torch.randn(1, T, 256)))
     assert by_hand < counted * 1.15 and counted < by_hand * 2                   # and the position convolution, as a product of spectra
 
+def test_memory_is_that_of_the_tensors_saved(tmp_path):
+    plain, recompute = [line for line in bench.main(memory=True, model="micro", device="cpu", out=str(tmp_path / "b.json")) if line["piece"] == "finetune memory"]
+    D, T, H, F = MICRO.dim, 496, MICRO.heads, MICRO.ffn
+    least = MICRO.layers * T * (2 * (3 * D + 2 * F + 2 * D) + 2 * H * T) / 10 / 1e6     # bf16: q, k, v, MLP, residuals, gate * bias; MB per second
+    assert least < plain["mb_per_second"] < 5 * least and recompute["mb_per_second"] < plain["mb_per_second"]
+    assert plain["fixed_gb"] == pytest.approx(16e-9 * sum(p.numel() for p in Classifier(Encoder(MICRO), ["a"] * 527).parameters()))
+
 def test_peers_that_are_unknown_or_missing_are_explained(monkeypatch, tmp_path):
     flags = dict(model="micro", clips=1, seconds=1.0, runs=1, only="encoder", device="cpu", out=str(tmp_path / "bench.json"))
     with pytest.raises(common.UserError, match="--peer fairseq: choose one of openbeats, espnet"):

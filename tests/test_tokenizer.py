@@ -310,7 +310,7 @@ def test_a_tokenizer_starts_as_k_means_of_whitened_features():
     clusters = torch.randint(16, (4000,))
     centres = F.normalize(torch.randn(16, 8), dim=-1)
     x = (centres[clusters] + 0.02 * torch.randn(4000, 8)) @ torch.diag(torch.tensor([30.0, 1, 1, 1, 1, 1, 1, 0.7])) @ directions.T + 3
-    tok.start_(x)
+    tok.start_(x, whiten=True)
     codes = tok.codebook.nearest(F.normalize(tok.quantize_layer(x), dim=-1))
     together = torch.zeros(16, 16).index_put_((codes, clusters), torch.ones(4000), accumulate=True)
     assert together.max(0).values.sum() > 3600          # clusters that one loud direction would have hidden

@@ -138,18 +138,6 @@ def test_flags_typed_win_over_the_checkpoint(toy, tmp_path):
     assert ckpt["config"]["predictor_dim"] == 32 and ckpt["config"]["lr"] == 7e-4
     assert sorted(g["weight_decay"] for g in ckpt["optimizer"]["param_groups"]) == [0.0, 0.5]
 
-def test_masks_come_in_clusters():
-    torch.manual_seed(0)
-    batch = dict(wav=0.1 * torch.randn(400, 41200), lengths=torch.tensor([41200, 20720] * 200), noise=torch.rand(400, 128))
-    tokenizer = RandomProjectionTokenizer(n_codes=16)
-    for size in (1, 3, 5):
-        keep = train_mam.prepare(batch, Encoder(MICRO), tokenizer, train_mam.Config(mask_block=size))[0]["keep"]
-        kept = torch.zeros(400, 129).scatter(1, keep, 1.0)[:, :128].view(200, 2, 16, 8)
-        assert kept[:, 0].flatten(1).sum(1).unique().tolist() == [32] and kept[:, 1].flatten(1).sum(1).unique().tolist() == [16]
-        assert (kept[:, 0].mean(0) - 0.25).abs().max() < 0.12                       # no place is special
-        beside = (kept[:, 0, 1:] * kept[:, 0, :-1]).sum() / kept[:, 0, 1:].sum()     # how often the row before is kept, too
-        assert abs(beside - {1: 0.24, 3: 0.53, 5: 0.67}[size]) < 0.06
-
 # ---- several ranks
 
 def torchrun(ranks, script, *flags, timeout=240):
