@@ -73,15 +73,16 @@ def fbank(wav: torch.Tensor) -> torch.Tensor:
                          "a single clip is wav[None], a stereo clip wav.mean(0)[None]")
     if wav.shape[1] < FRAME:
         raise ValueError(f"fbank needs at least {FRAME} samples (25 ms at 16 kHz), got {wav.shape[1]}; zero-pad the clip")
-    if wav.device.type == "cpu" and not torch.compiler.is_exporting() and len(wav) > 4:
-        return torch.cat([fbank(part) for part in wav.split(4)])        # a few clips at a time stay in the cache: 3x faster
+    if wav.device.type == "cpu" and not torch.compiler.is_exporting() and len(wav) > 1:
+        return torch.cat([fbank(clip) for clip in wav.split(1)])        # one clip at a time stays in the cache: 3x faster
     with torch.autocast(wav.device.type, enabled=False):
         window, banks = _on(wav.device)
         x = (wav.float() * 2**15).unfold(1, FRAME, HOP)                         # (B, N, 400)
         x = x - x.mean(-1, keepdim=True)
-        x = x - 0.97 * torch.cat([x[..., :1], x[..., :-1]], dim=-1)             # pre-emphasis within the frame
-        x = torch.fft.rfft(x * window, n=512).abs().square()     # (B, N, 257) power
-        return (x @ banks).clamp(min=torch.finfo(torch.float32).eps).log()
+        # pre-emphasis within the frame; its first sample is left out, for there the window is 0
+        x = torch.sub(x[..., 1:], x[..., :-1], alpha=0.97) * window[1:]
+        x = torch.view_as_real(torch.fft.rfft(x, n=512)).square()               # (B, N, 257, 2)
+        return ((x[..., 0] + x[..., 1]) @ banks).clamp(min=torch.finfo(torch.float32).eps).log()
 
 def patchify(x: torch.Tensor) -> torch.Tensor:
     """(B, N, 128) frames -> (B, N // 16 * 8, 256) patches, time-major; frames beyond the last whole row are dropped."""
