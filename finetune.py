@@ -48,7 +48,7 @@ class Config:
     test_split: str = ""            # split to test on; none = test or eval
     valid_share: float = 0.0        # of the training clips held out as valid, if the pack has no such split (SUPERB's ER: 0.2)
     best: bool = False              # test the step with the best score on valid, instead of the last
-    probe: str = "none"             # none | linear | mlp | knn | knn_xares: on features extracted once, instead of fine-tuning
+    probe: str = "none"             # of linear, mlp, knn, knn_xares one or several, as in mlp,knn: frozen, instead of fine-tuning
     freeze: bool = False            # the same as --probe linear
     layers: str = "last"            # last | all: what a probe sees, the mean of the last layer or mean and std of all
     ensemble: str = ""              # evaluate these fine-tuned files and their mean; {fold} in a name stands for the fold
@@ -536,47 +536,51 @@ def main(**flags):
     splits, targets = splits_of(pack, cfg.test_split, cfg.fold, cfg.valid_share)
     several, name = has_several(targets), cfg.name or pack.path.name
     measure = "mAP" if several else "accuracy"
-    kind = "linear" if cfg.freeze and cfg.probe == "none" else cfg.probe
+    probes = cfg.probe.split(",") if cfg.probe != "none" else ["linear"] * cfg.freeze
+    if set(probes) - {"linear", "mlp", "knn", "knn_xares"}:
+        raise UserError(f"--probe {cfg.probe}: choose of linear, mlp, knn, knn_xares")
     if cfg.ensemble and len(splits) > 1 and "{fold}" not in cfg.ensemble:
         raise UserError("--ensemble: every fold has models of its own; write {fold} in their names, as in out/finetune_x_fold{fold}.pt, or choose one --fold")
-    if kind != "none" and not cfg.ensemble:
+    if probes and not cfg.ensemble:
         torch.manual_seed(cfg.seed)
         x = extract(open_encoder(cfg.init, cfg.model, pack.info).to(device), pack, np.arange(len(pack)), device, cfg.dtype, cfg.layers)
     results = {}            # what was tested -> {fold: metrics}
     for k, (train, valid, test) in splits.items():
         fold = f"_fold{k}" if k else ""
-        stem = f"{cfg.out_dir}/{'ensemble' if cfg.ensemble else 'finetune' if kind == 'none' else kind}_{name}{fold}"
-        if cfg.ensemble or kind != "none":
-            common.keep_old(f"{stem}.pt")
+        stem = lambda kind: f"{cfg.out_dir}/{kind}_{name}{fold}"
         if cfg.ensemble:
-            found = {}
+            found, written = {}, {"their mean": "ensemble"}
             for path in cfg.ensemble.split(","):
                 member = load(path.replace("{fold}", k)).to(device)
                 if not isinstance(member, Classifier) or set(pack.classes) - set(member.labels):
                     raise UserError(f"--ensemble {path}: not a classifier of the classes of {pack.path}")
                 found[path] = probabilities(member, pack, test, cfg, device, path)[:, [member.labels.index(c) for c in pack.classes]]
             found["their mean"] = torch.stack(list(found.values())).mean(0)
-        elif kind != "none":
+        elif probes:
             chosen = valid if len(valid) else test      # X-ARES's folds
             clips = x[train], targets[train]
-            found = {kind: linear_probe(*clips, x[test], several) if kind == "linear" else mlp_probe(*clips, x[chosen], targets[chosen], x[test], several, cfg.seed)
-                     if kind == "mlp" else knn_probe(*clips, x[test], xares=kind == "knn_xares")}
+            fit = dict(linear=lambda: linear_probe(*clips, x[test], several), knn=lambda: knn_probe(*clips, x[test]),
+                       mlp=lambda: mlp_probe(*clips, x[chosen], targets[chosen], x[test], several, cfg.seed), knn_xares=lambda: knn_probe(*clips, x[test], xares=True))
+            found, written = {kind: fit[kind]() for kind in probes}, {kind: kind for kind in probes}
         else:
-            found = {"": finetune(cfg, flags, pack, k, stem, (train, valid, test), targets)}
+            found, written = {"": finetune(cfg, flags, pack, k, stem("finetune"), (train, valid, test), targets)}, {"": "finetune"}
         for label, scores in found.items():
-            values = report(stem, pack, test, scores, targets, f"{cfg.data}{f' fold {k}' if k else ''}") if label == list(found)[-1] else {
+            if label in written and written[label] != "finetune":
+                common.keep_old(f"{stem(written[label])}.pt")
+            values = report(stem(written[label]), pack, test, scores, targets, f"{cfg.data}{f' fold {k}' if k else ''}") if label in written else {
                 measure: score(scores, targets[test], several)}
             results.setdefault(label, {})[k] = values[measure]
     if rank == 0:
-        note = " (epochs chosen on the test clips, as X-ARES does; --valid_share 0.2 is strict)" if kind == "mlp" and not len(valid) else ""
+        mlp_note = " (epochs chosen on the test clips, as X-ARES does; --valid_share 0.2 is strict)"
         for label, scores in results.items():
+            note = mlp_note if label == "mlp" and not len(valid) else ""
             head = " ".join(filter(None, (cfg.data, label)))
             for k, value in scores.items():
                 print(f"{head}{f' fold {k}' if k else ''}: {measure} {100 * value:.1f} %{note}")
             if len(scores) > 1:
                 values = 100 * np.array(list(scores.values()))
                 print(f"{head}: {measure} {values.mean():.1f} +- {values.std(ddof=1):.1f} % over {len(values)} folds{note}")
-    return results[label]
+    return results if len(probes) > 1 else results[label]
 
 if __name__ == "__main__":
     common.run(main, Config, __doc__)

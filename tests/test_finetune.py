@@ -132,7 +132,7 @@ def test_packs_that_cannot_be_fine_tuned_on(toy, tmp_path, ragged):
                                  (toy, dict(test_split="later"), "training needs train and test"), (toy, dict(task="esc"), "--task esc: choose one of custom, as2m"),
                                  (toy, dict(balance="unknown", max_steps=1), "needs a class named unknown"), (toy, dict(init="scratch,scratch"), "can be probed: --probe mlp"),
                                  (toy, dict(init="nowhere:f", probe="knn"), "No module named 'nowhere'"), (toy, dict(init="math:f", probe="knn"), "a function in it"),
-                                 (toy, dict(loss="bce", smoothing=0.1), "--smoothing is for --loss ce"), (ragged, dict(ensemble="a.pt"), "write {fold} in their names"),
+                                 (toy, dict(probe="linear,svm"), "choose of linear, mlp, knn"), (toy, dict(loss="bce", smoothing=0.1), "--smoothing is for --loss ce"), (ragged, dict(ensemble="a.pt"), "write {fold} in their names"),
                                  (toy, dict(probe="knn", layers="all", init="scratch,scratch"), "single encoder of ours")):
         with pytest.raises(UserError, match=message):
             finetune.main(data=str(pack), device="cpu", out_dir=str(tmp_path), **flags)
@@ -328,6 +328,8 @@ def test_frozen_probes(ragged, tmp_path, capsys):
         assert scores.keys() == {"1", "2", "3"} and (min(scores.values()) > 0.8 or extra["probe"] == "mlp"), extra
         printed = capsys.readouterr().out
         assert "% over 3 folds" in printed and ("epochs chosen on the test clips" in printed) == (extra.get("probe") == "mlp")
+    together = finetune.main(probe="linear,knn", **flags)
+    assert together == dict(linear=finetune.main(probe="linear", **flags), knn=finetune.main(probe="knn", **flags))
     assert np.load(tmp_path / "knn_ragged_fold2.npz")["scores"].shape == (8, 2) and (tmp_path / "linear_ragged_fold1.1.npz").exists()
 
 def test_nearest_neighbours_are_x_ares_s():
