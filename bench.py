@@ -242,12 +242,12 @@ def memory(cfg):
                     return x
                 with mock.patch.multiple(model, ATTENTION="fused", conv_by_fft=model.conv_direct), torch.autocast("cpu", torch.bfloat16), \
                         torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
-                    out = net(torch.randn(1, 496, 256), None, **(dict(keep=keep, masked=masked) if step == "mam" else {}))
+                    _ = net(torch.randn(1, 496, 256), None, **(dict(keep=keep, masked=masked) if step == "mam" else {}))
                 fixed = 16 * sum(p.numel() for p in net.parameters())
                 second = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own) / 10
-                if recompute:
-                    second += (whole - second) / encoder.cfg.layers
-                whole = second
+                if not recompute:
+                    without = second
+                second += (without - second) / encoder.cfg.layers
                 fits = [max(0, int((0.9 * card * 1e9 - fixed) / second)) for card in cards]
                 results.append(dict(model=size, piece=f"{step} memory", recompute=recompute, fixed_gb=fixed / 1e9, mb_per_second=second / 1e6, fits=dict(zip(cards, fits))))
                 print(f"{size:6} {step:9} {'recompute' if recompute else '':10} {fixed / 1e9:8.2f} {second / 1e6:9.1f}   {', '.join(map(str, fits))}", flush=True)

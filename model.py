@@ -6,21 +6,19 @@ BEATs (Chen et al., 2022): waveform -> log-mel filter bank -> 16x16 patches -> t
                           and a gated relative position bias: the released model, number for number
     MaskedAudioModel      encoder + label predictor, for pre-training
     Classifier            encoder + linear head, for fine-tuning
-    load, load_official   our checkpoints and Microsoft's; export_official writes theirs back
+    load                  any checkpoint, ours or Microsoft's (official.py: load_official, export_official)
+
+    python model.py CKPT clip.wav folder/       # labels, embeddings or features; see infer.py
 
 One token is 16 frames (160 ms) of one of 8 frequency bands. Tokens are numbered time-major: token = row * 8 + band.
 Letters in shape comments: B clips, n samples, N frames, T tokens, K kept tokens, D width, H heads.
 """
-import argparse
 import csv
 import dataclasses
 import functools
 import math
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -561,6 +559,7 @@ def load(path):
     """
     ckpt = read_checkpoint(path)
     if "cfg" in ckpt:
+        from official import load_official
         return load_official(path)
     encoder = Encoder(EncoderConfig(**ckpt["encoder"]))
     if ckpt["kind"] == "classifier":
@@ -573,120 +572,6 @@ def load(path):
         raise CheckpointError(f"{path}: a {ckpt['kind']} checkpoint holds no encoder to use alone; "
                          "tokenizers are loaded with tokenizer.load_tokenizer")
     return model.eval()
-
-# our name -> official name, of the encoder and of a block
-_NAMES = {
-    "patch.weight": "patch_embedding.weight",
-    "ln_patch.weight": "layer_norm.weight", "ln_patch.bias": "layer_norm.bias",
-    "proj.weight": "post_extract_proj.weight", "proj.bias": "post_extract_proj.bias",
-    "conv_position.weight_g": "encoder.pos_conv.0.weight_g", "conv_position.weight_v": "encoder.pos_conv.0.weight_v",
-    "conv_position.bias": "encoder.pos_conv.0.bias",
-    "ln.weight": "encoder.layer_norm.weight", "ln.bias": "encoder.layer_norm.bias",
-}
-_BLOCK_NAMES = {f"{ours}.{p}": f"{theirs}.{p}" for p in ("weight", "bias") for ours, theirs in {
-    "attn.out": "self_attn.out_proj", "attn.gate": "self_attn.grep_linear",
-    "ln1": "self_attn_layer_norm", "fc1": "fc1", "fc2": "fc2", "ln2": "final_layer_norm"}.items()}
-
-def encoder_to_official(encoder: Encoder) -> tuple[dict, dict]:
-    """(cfg, state_dict) in the released layout; the shared bias table is repeated under every layer, as there."""
-    ours, cfg = encoder.state_dict(), encoder.cfg
-    theirs = {theirs: ours[name] for name, theirs in _NAMES.items() if name in ours}
-    theirs["patch_embedding.weight"] = theirs["patch_embedding.weight"].view(-1, 1, PATCH, PATCH)
-    for i in range(cfg.layers):
-        a, b = f"blocks.{i}.", f"encoder.layers.{i}."
-        theirs |= {b + new: ours[a + old] for old, new in _BLOCK_NAMES.items()}
-        theirs[b + "self_attn.grep_a"] = ours[a + "attn.gate_scale"].view(1, -1, 1, 1)
-        theirs[b + "self_attn.relative_attention_bias.weight"] = ours["position_bias.table"]
-        for p in ("weight", "bias"):
-            for name, part in zip("qkv", ours[a + "attn.qkv." + p].chunk(3)):
-                theirs[b + f"self_attn.{name}_proj.{p}"] = part
-    return dict(
-        input_patch_size=PATCH, embed_dim=cfg.patch_dim, conv_bias=False, encoder_layers=cfg.layers,
-        encoder_embed_dim=cfg.dim, encoder_ffn_embed_dim=cfg.ffn, encoder_attention_heads=cfg.heads,
-        activation_fn="gelu", layer_wise_gradient_decay_ratio=cfg.grad_decay, layer_norm_first=False, deep_norm=True,
-        dropout=cfg.dropout, attention_dropout=cfg.attention_dropout, activation_dropout=cfg.activation_dropout,
-        encoder_layerdrop=cfg.layerdrop, dropout_input=cfg.input_dropout, conv_pos=cfg.conv_pos,
-        conv_pos_groups=cfg.conv_groups, relative_position_embedding=True, num_buckets=cfg.buckets,
-        max_distance=cfg.max_distance, gru_rel_pos=True,
-    ), theirs
-
-def encoder_from_official(cfg: dict, theirs: dict, path="checkpoint") -> Encoder:
-    """Build an Encoder from the released layout. Takes its keys out of `theirs`: what stays there is not the encoder's."""
-    wanted = dict(layer_norm_first=(False, False), deep_norm=(False, True), activation_fn=("gelu", "gelu"),
-                  conv_bias=(False, False), relative_position_embedding=(False, True), gru_rel_pos=(False, True),
-                  input_patch_size=(-1, PATCH))     # (the official class's default, what every released file has)
-    for key, (default, value) in wanted.items():
-        if cfg.get(key, default) != value:
-            raise CheckpointError(f"{path}: {key}={cfg.get(key, default)!r} is not supported; every released file has {value!r}")
-    try:
-        shape = lambda key: theirs[key].shape
-        layers = 1 + max(int(k.split(".")[2]) for k in theirs if k.startswith("encoder.layers."))
-        dim, per_group, taps = shape("encoder.pos_conv.0.weight_v")
-        buckets, heads = shape("encoder.layers.0.self_attn.relative_attention_bias.weight")
-        encoder = Encoder(EncoderConfig(
-            layers=layers, dim=dim, ffn=shape("encoder.layers.0.fc1.weight")[0], heads=heads,
-            patch_dim=shape("patch_embedding.weight")[0], conv_pos=taps, conv_groups=dim // per_group,
-            buckets=buckets, max_distance=cfg.get("max_distance", 1280),
-            dropout=cfg.get("dropout", 0.1), attention_dropout=cfg.get("attention_dropout", 0.1),
-            activation_dropout=cfg.get("activation_dropout", 0.0), input_dropout=cfg.get("dropout_input", 0.0),
-            layerdrop=cfg.get("encoder_layerdrop", 0.0), grad_decay=cfg.get("layer_wise_gradient_decay_ratio", 1.0)))
-        ours = {name: theirs.pop(key) for name, key in _NAMES.items() if name in encoder.state_dict()}
-        ours["patch.weight"] = ours["patch.weight"].flatten(1)
-        for i in range(layers):
-            a, b = f"blocks.{i}.", f"encoder.layers.{i}."
-            ours |= {a + old: theirs.pop(b + new) for old, new in _BLOCK_NAMES.items()}
-            ours[a + "attn.gate_scale"] = theirs.pop(b + "self_attn.grep_a").flatten()
-            ours["position_bias.table"] = theirs.pop(b + "self_attn.relative_attention_bias.weight")
-            for p in ("weight", "bias"):
-                ours[a + "attn.qkv." + p] = torch.cat([theirs.pop(b + f"self_attn.{n}_proj.{p}") for n in "qkv"])
-    except KeyError as error:
-        raise CheckpointError(f"{path}: not a released BEATs file: {error} is missing") from None
-    try:
-        encoder.load_state_dict(ours)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: tensors do not fit together: {error}") from None
-    return encoder
-
-def load_official(path, reorder=None, class_csv=None):
-    """A released file -> Encoder, or Classifier if it is fine-tuned, in eval mode. Dimensions are read from the tensors.
-
-    reorder="audioset" puts the classes in the order, and under the names, of class_csv (AudioSet's
-    class_labels_indices.csv); by default they are MIDs in the file's own order.
-    Strict: every key is used and none is missing. Raises CheckpointError.
-    """
-    if reorder not in (None, "audioset") or (reorder and not class_csv):
-        raise ValueError('reorder is None or "audioset", which needs class_csv="class_labels_indices.csv"')
-    ckpt = read_checkpoint(path)
-    if "cfg" not in ckpt:
-        raise CheckpointError(f"{path}: not an official checkpoint but one of ours; use load")
-    cfg, rest = ckpt["cfg"], dict(ckpt["model"])
-    if "quantize.embedding.weight" in rest:
-        raise CheckpointError(f"{path}: this file is a tokenizer; use tokenizer.load_tokenizer")
-    model = encoder = encoder_from_official(cfg, rest, path)
-    if "predictor.weight" in rest:
-        names = {int(k): v for k, v in ckpt.get("label_dict", {}).items()}
-        model = Classifier(encoder, [names.get(i, str(i)) for i in range(len(rest["predictor.weight"]))],
-                           dropout=cfg.get("predictor_dropout", 0.0))
-        model.head.load_state_dict({"weight": rest.pop("predictor.weight"), "bias": rest.pop("predictor.bias")})
-    if rest:
-        raise CheckpointError(f"{path}: {len(rest)} unknown keys, {sorted(rest)[0]} the first")
-    if reorder:
-        if model is encoder:
-            raise CheckpointError(f"{path}: this file has no classifier head, hence no classes to reorder")
-        model.reorder(class_csv)
-    return model.eval()
-
-def export_official(model, path) -> None:
-    """Write an Encoder or Classifier in the released layout, readable by Microsoft's code (strict)."""
-    encoder = model.encoder if isinstance(model, Classifier) else model
-    cfg, state = encoder_to_official(encoder)
-    ckpt = {"cfg": cfg, "model": state}
-    if isinstance(model, Classifier):
-        cfg |= dict(finetuned_model=True, predictor_dropout=model.dropout.p, predictor_class=len(model.labels))
-        state |= {"predictor.weight": model.head.weight.detach(), "predictor.bias": model.head.bias.detach()}
-        ckpt["label_dict"] = dict(enumerate(model.labels))
-    ckpt["model"] = {k: v.detach().float().contiguous().clone() for k, v in state.items()}
-    torch.save(ckpt, path)
 
 class _FromWaveform(nn.Module):
     def __init__(self, model):
@@ -709,91 +594,12 @@ def export_program(model):
         return torch.export.export(_FromWaveform(model.eval()), tuple(x.to(device) for x in example),
                                    dynamic_shapes=({0: B, 1: n}, {0: B}), prefer_deferred_runtime_asserts_over_guards=True)
 
-# -----------------------------------------------------------------------------
-# command line
-
-def sound_files(paths, out):
-    """(file, .npy beside it or in out) for files and all audio files below folders; a folder's tree is kept in out."""
-    from recipes import SUFFIXES
-    found = []
-    for path in map(Path, paths):
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        root = path if path.is_dir() else path.parent
-        found += [(file, (Path(out) / file.relative_to(root) if out else file).with_suffix(".npy")) for file in files]
-    targets = [target for _, target in found]
-    twice = next((t for t in targets if targets.count(t) > 1), None) if len(set(targets)) < len(targets) else None
-    if twice:
-        raise CheckpointError(f"several sounds would be written to {twice}; name folders, or one file at a time")
-    return found
-
-def for_each_sound(paths, out, window, hop, use):
-    """use(wav (W, n), lengths, starts in seconds, target .npy path) for the windows of each file; bad files are named and left out."""
-    from tqdm import tqdm
-    from data import read_audio
-    files, bad = sound_files(paths, out), 0
-    for path, target in tqdm(files, unit="file", disable=None if len(files) > 1 else True):
-        try:
-            wav, lengths, starts = windows(torch.from_numpy(read_audio(path)), window, hop)
-        except ValueError as error:
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
-            bad += 1
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        use(path, wav, lengths, starts / SAMPLE_RATE, target)
-    if not files or bad == len(files):
-        sys.exit("error: no usable audio in " + ", ".join(map(str, paths)))
-
-@torch.inference_mode()
-def main(argv=None):
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description="""
-Labels, embeddings or features of sounds from any checkpoint, ours or released.
-
-    python model.py CLASSIFIER.pt clip.wav folder/              # the most probable classes
-    python model.py CLASSIFIER.pt day.flac --per_window         # ... of every 10 s
-    python model.py ENCODER.pt clip.wav --out features          # features/clip.npy: (tokens, D), 8 bands per 160 ms
-    python model.py ENCODER.pt folder/ --pool                   # folder/*.npy: (D,), mean over the recording""")
-    parser.add_argument("checkpoint")
-    parser.add_argument("files", nargs="+", help="audio files, and folders of them, of any rate and length")
-    parser.add_argument("--out", help="folder of the .npy files [beside the sounds]")
-    parser.add_argument("--top", type=int, default=5, help="classes to print [5]")
-    parser.add_argument("--class_csv", help="AudioSet's class_labels_indices.csv, for names instead of MIDs")
-    parser.add_argument("--features", action="store_true", help="write features, though the checkpoint is a classifier")
-    parser.add_argument("--pool", action="store_true", help="mean over time instead of all tokens")
-    parser.add_argument("--layer", type=int, help="output of this block instead of the last; 0 = the first one's input")
-    parser.add_argument("--window", type=float, default=10.0, help="longer recordings are cut into windows of these seconds [10]")
-    parser.add_argument("--hop", type=float, help="seconds from one window to the next [half a window for classes, a window for features]")
-    parser.add_argument("--per_window", action="store_true", help="one result per window instead of their mean")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    model = load(args.checkpoint).to(args.device)
-    if args.class_csv:
-        if not isinstance(model, Classifier):
-            raise CheckpointError(f"{args.checkpoint}: this file has no classifier head, hence no classes")
-        model.reorder(args.class_csv)
-
-    def label(path, wav, lengths, starts, target):
-        p = torch.cat([model.predict(w.to(args.device), n).cpu() for w, n in zip(wav.split(8), lengths.split(8))])
-        for start, row in zip(starts, p if args.per_window else p.mean(0, keepdim=True)):
-            best = row.topk(min(args.top, len(row)))
-            place = f"{path} {start:.1f} s" if args.per_window else f"{path}"
-            print(place + "".join(f"\n    {v:6.1%}  {model.labels[i]}" for v, i in zip(best.values, best.indices)))
-
-    def describe(path, wav, lengths, starts, target):
-        parts = [model.features(w.to(args.device), n, layer=args.layer) for w, n in zip(wav.split(8), lengths.split(8))]
-        clips = [x[valid].cpu() for xs, valids in parts for x, valid in zip(xs, valids)]         # windows without their padding
-        if args.pool:
-            clips = [x.mean(0, keepdim=True) for x in clips]
-        clips = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True) if args.per_window else torch.cat(clips)
-        clips = clips.mean(0) if args.pool and not args.per_window else clips
-        np.save(target, clips.numpy())
-        print(f"{path} -> {target} {tuple(clips.shape)}")
-
-    classes = isinstance(model, Classifier) and not args.features and args.layer is None
-    hop = args.hop or (args.window / 2 if classes else args.window)
-    for_each_sound(args.files, args.out, args.window, hop, label if classes else describe)
+def __getattr__(name):
+    if name in ("load_official", "export_official"):        # in a file of their own, which needs the classes above
+        import official
+        return getattr(official, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    from infer import run
+    run()

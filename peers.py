@@ -15,7 +15,8 @@ import warnings
 import torch
 
 from common import UserError, autocast
-from model import SAMPLE_RATE, encoder_to_official, fbank
+from model import SAMPLE_RATE, fbank
+from official import encoder_to_official
 
 def with_our_weights(peer, encoder, wav, lengths, dtype):
     """{"encoder": waveform -> features by the peer's code}; prints how far its output is from ours."""

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import data
 from common import UserError, all_sum, autocast, barrier, rank, setup, world
+from infer import for_each_sound
 from model import (BANDS, LOG_FLOOR, PATCH, Block, CheckpointError, Encoder, EncoderConfig, RelativeBias,
-                   encoder_from_official, encoder_to_official, fbank, for_each_sound, key_padding_bias, num_tokens, patchify,
-                   prepare_clips, read_checkpoint, run_block, valid_tokens)
+                   fbank, key_padding_bias, num_tokens, patchify, prepare_clips, read_checkpoint, run_block, valid_tokens)
+from official import encoder_from_official, encoder_to_official
 
 def is_silent(features):
     """(B, N, 128) fbank -> (B, T) bool: patches of digital silence, every bin at the floor."""

@@ -7,6 +7,7 @@ import torch
 
 import model
 from model import MIN_SAMPLES, fbank, load_official, patchify, relative_bucket, valid_tokens
+from official import encoder_to_official
 from test_model import power
 from tokenizer import load_tokenizer
 
@@ -84,7 +85,7 @@ def test_gradients(inputs, name, ratio):
     with torch.no_grad():
         for p in encoder.parameters():
             p.copy_(p.grad)
-    ours = model.encoder_to_official(encoder)[1]        # gradients under the official names
+    ours = encoder_to_official(encoder)[1]        # gradients under the official names
     for key, theirs in golden["grads"].items():
         assert (ours[key] - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7, key
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn as nn
 
+import infer
 import model
 from conftest import MICRO
 from model import (PRESETS, CheckpointError, Classifier, Encoder, EncoderConfig, MaskedAudioModel, conv_by_fft, conv_direct, export_official,
                    fbank, load, load_official, num_tokens, patchify, relative_bucket, valid_tokens)
+from official import encoder_to_official
 
 # ---- front end
 
@@ -420,8 +422,8 @@ def test_other_dimensions_are_read_from_the_file(tmp_path):
 def test_official_keys_and_shapes(tmp_path):
     with torch.device("meta"):
         base = Encoder(PRESETS["base"])
-    state = model.encoder_to_official(base)[1]
-    assert len(state) == 250 and len(model.encoder_to_official(Encoder(MICRO))[1]) == 10 + 2 * 20
+    state = encoder_to_official(base)[1]
+    assert len(state) == 250 and len(encoder_to_official(Encoder(MICRO))[1]) == 10 + 2 * 20
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     assert shapes["encoder.pos_conv.0.weight_g"] == (1, 1, 128) and shapes["encoder.pos_conv.0.weight_v"] == (768, 48, 128)
     assert shapes["encoder.layers.11.self_attn.relative_attention_bias.weight"] == (320, 12) and shapes["patch_embedding.weight"] == (512, 1, 16, 16)
@@ -454,13 +456,13 @@ def test_labels_and_features_from_the_command_line(official, write_wav, tmp_path
     write_wav("in/long.wav", 0.1 * rng.standard_normal(8000 * 13), 8000)
     write_wav("in/one_sample.wav", 0.1 * rng.standard_normal(1))
     (tmp_path / "in/text.wav").write_text("no sound")
-    model.main([str(official("finetuned")), str(tmp_path / "in"), "--top", "2"])
+    infer.main([str(official("finetuned")), str(tmp_path / "in"), "--top", "2"])
     out, err = capsys.readouterr()
     assert out.count("/m/") == 6 and out.count("%") == 6 and "text.wav: cannot be read" in err
-    model.main([str(official("finetuned")), str(tmp_path / "in/long.wav"), "--per_window", "--top", "1"])
+    infer.main([str(official("finetuned")), str(tmp_path / "in/long.wav"), "--per_window", "--top", "1"])
     assert "long.wav 0.0 s" in (out := capsys.readouterr().out) and "long.wav 5.0 s" in out
-    model.main([str(official("encoder")), str(tmp_path / "in"), "--out", str(tmp_path / "npy")])
-    model.main([str(official("encoder")), str(tmp_path / "in/long.wav"), "--out", str(tmp_path / "pooled"), "--pool", "--layer", "1"])
+    infer.main([str(official("encoder")), str(tmp_path / "in"), "--out", str(tmp_path / "npy")])
+    infer.main([str(official("encoder")), str(tmp_path / "in/long.wav"), "--out", str(tmp_path / "pooled"), "--pool", "--layer", "1"])
     shapes = {p.stem: np.load(p).shape for p in (tmp_path / "npy").iterdir()}
     assert shapes == {"stereo": (48, 64), "long": (496 + num_tokens(48000), 64), "one_sample": (8, 64)}
     assert np.load(tmp_path / "pooled/long.npy").shape == (64,)

@@ -16,7 +16,6 @@ import train_tokenizer
 from common import UserError, lr_at, make_optimizer
 from conftest import MICRO, ROOT
 from model import Encoder, load
-from tokenizer import RandomProjectionTokenizer
 
 FAST = dict(model="micro", predictor_dim=32, predictor_heads=2, predictor_blocks=1, batch_seconds=20.0, warmup_steps=2, log_every=2,
             device="cpu")
