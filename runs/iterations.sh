@@ -7,7 +7,7 @@ set -e
 DATA=$1 LABELLED=$2 FOLD=$3 OUT=${OUT:-out}
 MAM=${MAM:---batch_seconds 82 --max_steps 1000 --warmup_steps 100}
 TOKENIZER=${TOKENIZER:---max_steps 400}
-FINETUNE=${FINETUNE:---max_steps 400}
+FINETUNE=${FINETUNE:---max_steps 1000}
 TEACHER=$OUT/finetune_teacher${FOLD:+_fold$FOLD}.pt
 
 finished() {    # has this checkpoint seen its last step?
