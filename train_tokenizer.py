@@ -86,7 +86,9 @@ def losses(model, patches, valid, target):
     """Sums over valid tokens of 1 - cosine and of the commitment, and z (B, T, d), codes (B, T)."""
     z, codes, predicted = model(patches, valid)
     raw = model.module if hasattr(model, "module") else model
-    distance = 1 - F.cosine_similarity(predicted.float(), (target - raw.target_mean) @ raw.target_map, dim=-1)      # (B, T)
+    with torch.autocast(target.device.type, enabled=False):
+        target = (target - raw.target_mean) @ raw.target_map
+    distance = 1 - F.cosine_similarity(predicted.float(), target, dim=-1)                   # (B, T)
     commitment = (z - raw.codebook.weight[codes]).square().sum(-1)                          # equation 3, per token
     return (distance * valid).sum(), (commitment * valid).sum(), z.detach(), codes
 
@@ -171,7 +173,7 @@ def main(**flags):
     fixed = lambda *args: data.fixed_batches(clips, args[0], min(cfg.batch_seconds, 100.0 * world), cfg.seed, *args[1:])
     mine = slice(rank, None, world)
     if not ckpt:
-        x, y, most = [torch.zeros(0, shape.dim, device=device)], [torch.zeros(0, width, device=device)], 200_000 // world      # a rank may have none
+        x, y, most = [torch.zeros(0, shape.dim, device=device)], [torch.zeros(0, width, device=device)], 100_000 // world      # a rank may have none
         model.eval()
         with torch.no_grad(), autocast(device, cfg.dtype):
             for batch in tqdm(fixed(train, 32, 0, mine), desc="k-means sample", leave=False, disable=True if rank else None):

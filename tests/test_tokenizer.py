@@ -316,6 +316,17 @@ def test_a_tokenizer_starts_as_k_means_of_whitened_features():
     assert together.max(0).values.sum() > 3600          # clusters that one loud direction would have hidden
     assert torch.allclose(tok.codebook.weight.norm(dim=-1), torch.ones(16), atol=1e-5)
 
+def test_targets_are_float32_also_in_mixed_precision(random_encoder):
+    torch.manual_seed(0)
+    tok = SelfDistilledTokenizer(random_encoder, 16, 8, 1, 32).eval()
+    tok.codebook.kmeans_start_(F.normalize(torch.randn(50, 8), dim=-1))
+    tok.target_mean.fill_(100.0)                            # bfloat16 knows steps of 0.5 there
+    patches, valid, target = torch.randn(2, 16, 256), torch.ones(2, 16, dtype=torch.bool), 100 + torch.randn(2, 16, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        predicted = tok(patches, valid)[2]
+        distance = train_tokenizer.losses(tok, patches, valid, target)[0]
+    assert distance == pytest.approx((1 - F.cosine_similarity(predicted.float(), target - 100, dim=-1)).sum().item(), rel=1e-4)
+
 @pytest.mark.parametrize("targets", ["whiten", "centre", "raw"])
 def test_targets_of_distillation(targets, toy, teacher, tmp_path):
     train_tokenizer.main(data=toy, teacher=teacher, out_dir=str(tmp_path), targets=targets, max_steps=1, **DISTIL)
