@@ -12,6 +12,7 @@ Pieces run in turn, --runs times after a warm-up, so that a drifting machine is 
 `limit` is the share of the machine's matrix rate, measured in the same rounds: products of the model's own shape in the same
 precision. It counts the arithmetic of matrix products and convolutions only (torch's own counter), so nothing can reach 100 %.
 """
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -212,6 +213,8 @@ def table(cfg, device):
             speed = f"{line['audio_seconds_per_second']:10.0f}" if name != "matrix" else f"{rate / 1e9:4.0f} GF/s"
             print(f"{size:6} {name:18} {line['ms']:8.1f} {line['ms_min']:7.1f}-{line['ms_max']:<7.1f} {speed:>10} {line['gflop']:8.1f} "
                   f"{100 * line['share_of_limit']:5.0f}% {line['peak_mb']:7.0f}")
+        if cfg.peer and not theirs:
+            print(f"--peer {cfg.peer}: does none of {', '.join(pieces)}")
         for name, piece in theirs.items():
             ratios = sorted(a / b for a, b in zip(times[name], times[piece]))
             print(f"{size}: {name} takes {statistics.median(times[name]) / statistics.median(times[piece]):.2f}x our time (in single rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
@@ -221,33 +224,54 @@ def table(cfg, device):
             print(f"{size}: cached tokens save {100 * (1 - cached / live):.0f} % of an iteration-2 step")
     return results
 
+class Saved(torch.autograd.Function):
+    """Attention as a GPU's fused kernel keeps it: queries, keys, values, bias and output, none of the weights."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, bias, out)
+        return out
+
 def memory(cfg):
-    """What a training step keeps on a GPU, counted on this machine: every tensor that autograd saves for the backward pass of a clip
-    of 10 s in mixed precision, with the attention and convolution that GPUs use; beside weights, gradients and AdamW's moments, 16
-    bytes a parameter. With recompute one block's share comes on top. A tenth of a card is left for the rest."""
+    """What a training step keeps on a GPU, counted on this machine: the tensors that autograd saves in mixed precision, with the convolution
+    and attention that GPUs use. What two clips of 10 s keep more than one is the share of the audio; the rest, with weights, gradients
+    and AdamW's moments (16 bytes a parameter), is fixed. With recompute one block's share comes on top. A tenth of a card is left."""
+    fused = lambda q, k, v, attn_mask, dropout_p: Saved.apply(q, k, v, attn_mask)
     results, cards = [], (16, 24, 40, 80)
     print(f"{'model':6} {'step':9} {'':10} {'fixed GB':>8} {'MB per s':>9}   seconds of audio that fit into {', '.join(map(str, cards))} GB")
+
+    def kept(net, clips, **inputs):
+        saved = {}
+        def save(x):
+            storage = x.untyped_storage()               # held, so that no address comes twice
+            saved[storage.data_ptr()] = storage
+            return x
+        with mock.patch.multiple(model, ATTENTION="fused", conv_by_fft=model.conv_direct), mock.patch.object(model.F, "scaled_dot_product_attention", fused), \
+                torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+            logits = net(torch.randn(clips, 496, 256), None, **{key: x.expand(clips, -1) for key, x in inputs.items()})
+            torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), torch.zeros(logits[..., 0].numel(), dtype=torch.long))
+        own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        return sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
+
     for size in cfg.model.split(","):
         for step in ("mam", "finetune"):
             for recompute in (False, True):
                 torch.manual_seed(0)
-                encoder, saved = Encoder(PRESETS[size]), {}
+                drop = {} if step == "mam" else dict(dropout=0.0, attention_dropout=0.0)
+                encoder, inputs = Encoder(dataclasses.replace(PRESETS[size], **drop)), {}
                 encoder.recompute = recompute
-                net = (MaskedAudioModel(encoder, 1024, *((2, 128) if size == "tiny" else (3, 0))) if step == "mam" else Classifier(encoder, list(map(str, range(527))))).train()
-                keep, masked = random_mask(torch.rand(1, 496), torch.ones(1, 496, dtype=torch.bool), 0.75)
-                own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-                def save(x):
-                    storage = x.untyped_storage()               # held, so that no address comes twice
-                    saved[storage.data_ptr()] = storage
-                    return x
-                with mock.patch.multiple(model, ATTENTION="fused", conv_by_fft=model.conv_direct), torch.autocast("cpu", torch.bfloat16), \
-                        torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
-                    _ = net(torch.randn(1, 496, 256), None, **(dict(keep=keep, masked=masked) if step == "mam" else {}))
-                fixed = 16 * sum(p.numel() for p in net.parameters())
-                second = sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own) / 10
+                if step == "mam":
+                    net = MaskedAudioModel(encoder, 1024, *((2, 128) if size == "tiny" else (3, 0))).train()
+                    inputs = dict(zip(("keep", "masked"), random_mask(torch.rand(1, 496), torch.ones(1, 496, dtype=torch.bool), 0.75)))
+                else:
+                    net = Classifier(encoder, list(map(str, range(527)))).train()
+                one, two = kept(net, 1, **inputs), kept(net, 2, **inputs)
+                fixed, second = 16 * sum(p.numel() for p in net.parameters()) + 2 * one - two, (two - one) / 10
                 if not recompute:
-                    without = second
-                second += (without - second) / encoder.cfg.layers
+                    without, blocks = second, (len(net.blocks) if step == "mam" else encoder.cfg.layers)        # a predictor's block is the largest
+                else:
+                    second += (without - second) / blocks
                 fits = [max(0, int((0.9 * card * 1e9 - fixed) / second)) for card in cards]
                 results.append(dict(model=size, piece=f"{step} memory", recompute=recompute, fixed_gb=fixed / 1e9, mb_per_second=second / 1e6, fits=dict(zip(cards, fits))))
                 print(f"{size:6} {step:9} {'recompute' if recompute else '':10} {fixed / 1e9:8.2f} {second / 1e6:9.1f}   {', '.join(map(str, fits))}", flush=True)

@@ -12,12 +12,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+import model
 from model import CheckpointError, read_checkpoint
 
 class UserError(ValueError):
@@ -134,7 +136,8 @@ def wrap(model, device, compile=False):
 
 def flops_of(function):
     """Floating-point operations of the matrix products and convolutions that function() does, by torch's own counter."""
-    with FlopCounterMode(display=False) as counter:
+    way = "fused" if model.ATTENTION == "flex" else model.ATTENTION      # the counter does not know flex_attention
+    with mock.patch.object(model, "ATTENTION", way), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
@@ -195,11 +198,14 @@ def save_checkpoint(path, **content):
         os.replace(partial, path)
     barrier()
 
-def read_training(path):
+def read_training(path, Config):
     """The checkpoint that --resume continues."""
     ckpt = read_checkpoint(path)
     if "optimizer" not in ckpt:
         raise UserError(f"{path}: holds no training state to resume")
+    other = set(ckpt["config"]) ^ {field.name for field in dataclasses.fields(Config)}
+    if other:
+        raise UserError(f"{path}: begun by another version of this script (--{', --'.join(sorted(other))}), which has to finish it")
     return ckpt
 
 def keep_old(path):

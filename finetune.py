@@ -404,7 +404,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     (train, valid, test), (rank, world, device) = splits, common.setup(cfg.device, cfg.seed)
     path, best_path, ckpt = f"{stem}.pt", f"{stem}_best.pt", None
     if cfg.resume and Path(path).exists():
-        ckpt = common.read_training(path)
+        ckpt = common.read_training(path, Config)
         cfg = Config(**{**ckpt["config"], **flags})
         begun, typed = Config(**ckpt["config"]), Config(**flags)
         for key in ["data", "test_split", "valid_share"] + ["task"] * ("task" in flags):
@@ -415,6 +415,8 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     cfg = dataclasses.replace(cfg, loss=("bce" if has_several(targets) else "ce") if cfg.loss == "auto" else cfg.loss)
     if cfg.best and not len(valid):
         raise UserError(f"--best chooses on a valid split, and {pack.path} has none; add --valid_share 0.2 (the test clips would flatter)")
+    if not 0 <= cfg.patchout < 1:
+        raise UserError(f"--patchout {cfg.patchout}: a share, from 0 to below 1")
     if cfg.smoothing and cfg.loss == "bce":
         raise UserError("--smoothing is for --loss ce")
     log = common.Log(f"{stem}.jsonl")
@@ -451,8 +453,8 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     stream = data.Stream(plan, cfg.seed, place, rank, world)
     batches = iter(data.Loader(clips, stream, cfg.workers))
     stop = common.Stop()
-    window, seen, began = torch.zeros(3, dtype=torch.float64, device=device), 0.0, time.time()
     flops, rate = 0.0, common.matrix_rate(device, cfg.dtype) * world                # of a second of audio; of all devices
+    window, seen, began = torch.zeros(3, dtype=torch.float64, device=device), 0.0, time.time()
     save = lambda path: common.save_checkpoint(path, kind="classifier", encoder=dataclasses.asdict(encoder.cfg), labels=pack.classes,
         multilabel=model.multilabel, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, place=place,
         config=dataclasses.asdict(cfg), best=best, pack=pack.info["id"])
@@ -548,8 +550,9 @@ def main(**flags):
     for k, (train, valid, test) in splits.items():
         fold = f"_fold{k}" if k else ""
         stem = lambda kind: f"{cfg.out_dir}/{kind}_{name}{fold}"
+        files = {label: label for label in probes}      # result -> kind of the files it is written to
         if cfg.ensemble:
-            found, written = {}, {"their mean": "ensemble"}
+            found, files = {}, {"their mean": "ensemble"}
             for path in cfg.ensemble.split(","):
                 member = load(path.replace("{fold}", k)).to(device)
                 if not isinstance(member, Classifier) or set(pack.classes) - set(member.labels):
@@ -561,13 +564,13 @@ def main(**flags):
             clips = x[train], targets[train]
             fit = dict(linear=lambda: linear_probe(*clips, x[test], several), knn=lambda: knn_probe(*clips, x[test]),
                        mlp=lambda: mlp_probe(*clips, x[chosen], targets[chosen], x[test], several, cfg.seed), knn_xares=lambda: knn_probe(*clips, x[test], xares=True))
-            found, written = {kind: fit[kind]() for kind in probes}, {kind: kind for kind in probes}
-        else:
-            found, written = {"": finetune(cfg, flags, pack, k, stem("finetune"), (train, valid, test), targets)}, {"": "finetune"}
+            found = {kind: fit[kind]() for kind in probes}
+        for kind in files.values():
+            common.keep_old(f"{stem(kind)}.pt")
+        if not files:
+            found, files = {"": finetune(cfg, flags, pack, k, stem("finetune"), (train, valid, test), targets)}, {"": "finetune"}
         for label, scores in found.items():
-            if label in written and written[label] != "finetune":
-                common.keep_old(f"{stem(written[label])}.pt")
-            values = report(stem(written[label]), pack, test, scores, targets, f"{cfg.data}{f' fold {k}' if k else ''}") if label in written else {
+            values = report(stem(files[label]), pack, test, scores, targets, f"{cfg.data}{f' fold {k}' if k else ''}") if label in files else {
                 measure: score(scores, targets[test], several)}
             results.setdefault(label, {})[k] = values[measure]
     if rank == 0:

@@ -32,7 +32,7 @@ def sound_files(paths, out):
     return found
 
 def for_each_sound(paths, out, window, hop, use):
-    """use(wav (W, n), lengths, starts in seconds, target .npy path) for the windows of each file; bad files are named and left out."""
+    """use(path, wav (W, n), lengths, starts in seconds, target .npy path) for the windows of each file; bad files are named and left out."""
     files, bad = sound_files(paths, out), 0
     for path, target in tqdm(files, unit="file", disable=None if len(files) > 1 else True):
         try:

@@ -176,14 +176,15 @@ def moments(x):
     x = x.double()
     return all_sum(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)), all_sum(x.sum(0)), all_sum(x.T @ x)
 
-def whitening(n, total, products, share=0.95):
-    """From moments: mean (D,), matrix (D, D) float32. (x - mean) @ matrix are principal components of unit variance, largest first;
-    zeros beyond those that hold this share of the variance: what little the others say is mostly noise."""
+def whitening(n, total, products, share=0.95, least=32):
+    """From moments: mean (D,), matrix (D, D) float32. (x - mean) @ matrix are principal components of unit variance, largest first; those
+    that hold this share of the variance, at least so many, and zeros beyond: what little the others say is mostly noise."""
     n = n.clamp(min=1)
     mean = total / n
     values, vectors = torch.linalg.eigh(products / n - mean[:, None] * mean)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    held = values.cumsum(0) - values < share * values.sum()
+    held = (values.cumsum(0) - values < share * values.sum()) | (torch.arange(len(values), device=values.device) < least)
+    held &= values > 1e-6 * values[0]
     return mean.float(), torch.where(held, vectors / values.clamp(min=1e-12).sqrt(), 0).float()
 
 class SelfDistilledTokenizer(Tokenizer):
@@ -269,12 +270,13 @@ def load_tokenizer(path):
             raise CheckpointError(f"{path}: {error}") from None
         if rest:
             raise CheckpointError(f"{path}: {len(rest)} unknown keys, {sorted(rest)[0]} the first")
-    elif ckpt["kind"] == "random_projection":
-        tok = RandomProjectionTokenizer(**ckpt["tokenizer"])
-        tok.load_state_dict(ckpt["model"])
-    elif ckpt["kind"] == "tokenizer":
-        tok = SelfDistilledTokenizer(Encoder(EncoderConfig(**ckpt["encoder"])), **ckpt["tokenizer"])
-        tok.load_state_dict(ckpt["model"])
+    elif ckpt["kind"] in ("random_projection", "tokenizer"):
+        tok = RandomProjectionTokenizer(**ckpt["tokenizer"]) if ckpt["kind"] == "random_projection" else SelfDistilledTokenizer(
+            Encoder(EncoderConfig(**ckpt["encoder"])), **ckpt["tokenizer"])
+        try:
+            tok.load_state_dict(ckpt["model"])
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: not as this version writes tokenizers: {str(error).splitlines()[-1].strip()}") from None
     else:
         raise CheckpointError(f"{path}: this file is {ckpt['kind']}, not a tokenizer")
     return tok.eval().requires_grad_(False)

@@ -100,7 +100,7 @@ def main(**flags):
     cfg = Config(**flags)
     path, ckpt = f"{cfg.out_dir}/mam_iter{cfg.iter}.pt", None
     if cfg.resume:
-        ckpt = common.read_training(path)
+        ckpt = common.read_training(path, Config)
         cfg = Config(**{**ckpt["config"], **flags})
     common.positive(cfg, "iter", "batch_seconds", "max_steps", "log_every", "eval_every", "save_every")
     rank, world, device = common.setup(cfg.device, cfg.seed)

@@ -116,8 +116,10 @@ def main(**flags):
     cfg = Config(**{**TABLE_4.get(flags.get("preset"), {}), **flags})
     path, ckpt = f"{cfg.out_dir}/tokenizer_iter{cfg.iter}.pt", None
     if cfg.resume:
-        ckpt = common.read_training(path)
+        ckpt = common.read_training(path, Config)
         cfg = Config(**{**ckpt["config"], **flags})
+        if cfg.targets != ckpt["config"]["targets"]:
+            raise UserError(f"{path} was begun with --targets {ckpt['config']['targets']}; type the same to resume")
     common.positive(cfg, "codes", "code_dim", "estimator_blocks", "batch_seconds", "max_steps", "log_every", "eval_every", "save_every")
     rank, world, device = common.setup(cfg.device, cfg.seed)
     log = common.Log(path.replace(".pt", ".jsonl"))
@@ -190,7 +192,7 @@ def main(**flags):
         model.start_(chosen(x), cfg.targets == "whiten")
     flops, rate = 0.0, 1.0                      # of a second of audio: teacher once, model three times for its backward pass; of all devices
     if rank == 0:
-        batch = data.to_device(next(iter(fixed(train, 1, 0))), device)
+        batch = data.to_device(next(iter(fixed(train, 1, 0, mine))), device)
         with torch.no_grad(), autocast(device, cfg.dtype):
             inputs = prepare(batch, model.encoder, teacher, cfg.teacher_layers)[:3]
             flops = common.flops_of(lambda: prepare(batch, model.encoder, teacher, cfg.teacher_layers))

@@ -132,7 +132,7 @@ def test_packs_that_cannot_be_fine_tuned_on(toy, tmp_path, ragged):
                                  (toy, dict(test_split="later"), "training needs train and test"), (toy, dict(task="esc"), "--task esc: choose one of custom, as2m"),
                                  (toy, dict(balance="unknown", max_steps=1), "needs a class named unknown"), (toy, dict(init="scratch,scratch"), "can be probed: --probe mlp"),
                                  (toy, dict(init="nowhere:f", probe="knn"), "No module named 'nowhere'"), (toy, dict(init="math:f", probe="knn"), "a function in it"),
-                                 (toy, dict(probe="linear,svm"), "choose of linear, mlp, knn"), (toy, dict(loss="bce", smoothing=0.1), "--smoothing is for --loss ce"), (ragged, dict(ensemble="a.pt"), "write {fold} in their names"),
+                                 (toy, dict(probe="linear,svm"), "choose of linear, mlp, knn"), (toy, dict(patchout=60.0), "a share, from 0 to below 1"), (toy, dict(loss="bce", smoothing=0.1), "--smoothing is for --loss ce"), (ragged, dict(ensemble="a.pt"), "write {fold} in their names"),
                                  (toy, dict(probe="knn", layers="all", init="scratch,scratch"), "single encoder of ours")):
         with pytest.raises(UserError, match=message):
             finetune.main(data=str(pack), device="cpu", out_dir=str(tmp_path), **flags)

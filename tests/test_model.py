@@ -138,7 +138,7 @@ def test_attention_equals_a_naive_loop(random_encoder):
             out[i, part] = sum(w * v[j, part] for j, w in enumerate(weights))
     assert torch.allclose(attention(x, bias, None)[0], attention.out(out), atol=1e-5)
 
-WAYS = ["plain", "fused", pytest.param("flex", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="its backward needs a GPU"))]
+WAYS = ["fused", pytest.param("flex", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="its backward needs a GPU"))]
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("clips", [1, 2])       # one bias for all, or one per clip

@@ -296,36 +296,36 @@ def test_a_compiled_encoder_gives_the_same_tokens():
 def test_whitening():
     torch.manual_seed(0)
     x = torch.randn(5000, 12) @ torch.diag(torch.tensor([9.0, 4, 2, 1] + [0.01] * 8)) @ torch.linalg.qr(torch.randn(12, 12))[0] + 7
-    mean, matrix = whitening(*moments(x), share=0.95)
-    y = (x - mean) @ matrix
+    mean, matrix = whitening(*moments(x), share=0.95, least=1)
     assert torch.allclose(mean, x.mean(0), atol=1e-4)
-    assert torch.allclose(torch.cov(y.T), torch.diag(torch.tensor([1.0, 1] + [0.0] * 10)), atol=1e-2)      # 81 + 16 of 102: two suffice
-    assert torch.cov((x @ matrix)[:, 0], correction=0) == pytest.approx(1, abs=1e-2)
-    assert whitening(*moments(torch.zeros(0, 3)))[1].abs().max() == 0                                        # nothing: nothing
+    assert torch.allclose(torch.cov(((x - mean) @ matrix).T), torch.diag(torch.tensor([1.0, 1] + [0.0] * 10)), atol=1e-2)      # 81 + 16 of 102: two suffice
+    assert torch.allclose(torch.cov(((x - mean) @ whitening(*moments(x), share=0.95)[1]).T), torch.eye(12), atol=1e-2)         # few: all of them
+    assert whitening(*moments(torch.zeros(0, 3)))[1].abs().max() == 0                                                           # nothing: nothing
 
 def test_a_tokenizer_starts_as_k_means_of_whitened_features():
     torch.manual_seed(0)
-    tok = SelfDistilledTokenizer(Encoder(MICRO), 16, 64, 1, 32)
-    directions = torch.linalg.qr(torch.randn(32, 32))[0][:, :8]
-    clusters = torch.randint(16, (4000,))
-    centres = F.normalize(torch.randn(16, 8), dim=-1)
-    x = (centres[clusters] + 0.02 * torch.randn(4000, 8)) @ torch.diag(torch.tensor([30.0, 1, 1, 1, 1, 1, 1, 0.7])) @ directions.T + 3
-    tok.start_(x, whiten=True)
-    codes = tok.codebook.nearest(F.normalize(tok.quantize_layer(x), dim=-1))
-    together = torch.zeros(16, 16).index_put_((codes, clusters), torch.ones(4000), accumulate=True)
-    assert together.max(0).values.sum() > 3600          # clusters that one loud direction would have hidden
-    assert torch.allclose(tok.codebook.weight.norm(dim=-1), torch.ones(16), atol=1e-5)
+    clusters, centres = torch.randint(16, (4000,)), F.normalize(torch.randn(16, 8), dim=-1)
+    x = torch.cat([30 * torch.randn(4000, 1), centres[clusters] + 0.02 * torch.randn(4000, 8)], 1) @ torch.linalg.qr(torch.randn(32, 32))[0][:9] + 3
+    purity = {}
+    for whiten in (True, False):
+        tok = SelfDistilledTokenizer(Encoder(MICRO), 48, 64, 1, 32)         # a code or more for each cluster
+        tok.start_(x, whiten)
+        codes = tok.codebook.nearest(F.normalize(tok.quantize_layer(x), dim=-1))
+        together = torch.zeros(48, 16).index_put_((codes, clusters), torch.ones(4000), accumulate=True)
+        purity[whiten] = together.max(1).values.sum() / 4000
+        assert torch.allclose(tok.codebook.weight.norm(dim=-1), torch.ones(48), atol=1e-5)
+    assert purity[True] > 0.8 and purity[False] < 0.4           # a loud direction that says nothing does not hide the clusters
 
 def test_targets_are_float32_also_in_mixed_precision(random_encoder):
     torch.manual_seed(0)
     tok = SelfDistilledTokenizer(random_encoder, 16, 8, 1, 32).eval()
     tok.codebook.kmeans_start_(F.normalize(torch.randn(50, 8), dim=-1))
-    tok.target_mean.fill_(100.0)                            # bfloat16 knows steps of 0.5 there
-    patches, valid, target = torch.randn(2, 16, 256), torch.ones(2, 16, dtype=torch.bool), 100 + torch.randn(2, 16, 32)
+    tok.target_map.copy_(torch.randn(32, 32))
+    patches, valid, target = torch.randn(2, 16, 256), torch.ones(2, 16, dtype=torch.bool), torch.randn(2, 16, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         predicted = tok(patches, valid)[2]
         distance = train_tokenizer.losses(tok, patches, valid, target)[0]
-    assert distance == pytest.approx((1 - F.cosine_similarity(predicted.float(), target - 100, dim=-1)).sum().item(), rel=1e-4)
+    assert distance == pytest.approx((1 - F.cosine_similarity(predicted.float(), target @ tok.target_map, dim=-1)).sum().item(), rel=2e-6)
 
 @pytest.mark.parametrize("targets", ["whiten", "centre", "raw"])
 def test_targets_of_distillation(targets, toy, teacher, tmp_path):
@@ -334,6 +334,9 @@ def test_targets_of_distillation(targets, toy, teacher, tmp_path):
     pack = data.Pack(toy)
     x = torch.cat([encoder.features(torch.from_numpy(pack.audio(i)[None] / np.float32(32768)))[0][0] for i in range(len(pack))]).detach()
     y = (x - tok.target_mean) @ tok.target_map
+    other = "raw" if targets == "centre" else "centre"
+    with pytest.raises(common.UserError, match=f"was begun with --targets {targets}"):
+        train_tokenizer.main(out_dir=str(tmp_path), resume=True, targets=other, max_steps=2)
     assert (y.mean(0).abs().max() < 0.2) == (targets != "raw")
     spread = torch.cov(y.T).diagonal()
     assert (abs(spread[spread > 0.1] - 1).max() < 0.2) == (targets == "whiten")

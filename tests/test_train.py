@@ -15,7 +15,8 @@ import train_mam
 import train_tokenizer
 from common import UserError, lr_at, make_optimizer
 from conftest import MICRO, ROOT
-from model import Encoder, load
+from model import CheckpointError, Encoder, load
+from tokenizer import load_tokenizer
 
 FAST = dict(model="micro", predictor_dim=32, predictor_heads=2, predictor_blocks=1, batch_seconds=20.0, warmup_steps=2, log_every=2,
             device="cpu")
@@ -223,6 +224,29 @@ def test_two_nodes_run_as_one(toy, tmp_path):
     said = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "".join(said)
     assert sum("on 2 x cpu" in text for text in said) == 1 and (tmp_path / "mam_iter1.pt").exists()     # one rank of the two prints and saves
+
+def test_files_of_another_version_are_explained(toy, loop, tmp_path):
+    for name, main in (("mam_iter1", train_mam.main), ("tokenizer_iter2", train_tokenizer.main)):
+        ckpt = content(f"{loop[0]}/{name}.pt")
+        ckpt["config"]["old_flag"] = 1
+        torch.save(ckpt, tmp_path / f"{name}.pt")
+        with pytest.raises(UserError, match="begun by another version of this script .--old_flag."):
+            main(out_dir=str(tmp_path), resume=True)
+    del ckpt["model"]["target_map"]
+    torch.save(ckpt, tmp_path / "old.pt")
+    with pytest.raises(CheckpointError, match="old.pt: not as this version writes tokenizers: .*target_map"):
+        load_tokenizer(tmp_path / "old.pt")
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_statistics_of_the_targets(toy, loop, tmp_path):
+    found = {}
+    for ranks in (1, 2):
+        torchrun(ranks, "train_tokenizer.py", "--data", toy, "--out_dir", tmp_path / str(ranks), "--teacher", f"{loop[0]}/mam_iter1.pt", "--device", "cpu", "--targets",
+                 "whiten", "--max_steps", 1, "--codes", 32, "--code_dim", 8, "--estimator_blocks", 1, "--batch_seconds", 20)
+        found[ranks] = content(tmp_path / str(ranks) / "tokenizer_iter2.pt")["model"]
+    assert torch.allclose(found[1]["target_mean"], found[2]["target_mean"], atol=1e-5)
+    products = [found[n]["target_map"] @ found[n]["target_map"].T for n in (1, 2)]      # of eigenvectors the sign is free
+    assert torch.allclose(*products, rtol=1e-2, atol=1e-2 * products[0].abs().max())
 
 def test_resuming_on_other_sounds_is_refused(toy, ragged, tmp_path):
     train_mam.main(data=toy, out_dir=str(tmp_path), max_steps=1, **FAST)
