@@ -390,7 +390,7 @@ class Clips:
         T = count.max()
         n = (T // BANDS * PATCH - 1) * HOP + FRAME
         lengths = np.minimum(lengths, n)
-        wav, noise = np.empty((len(items), n), np.int16), np.full((len(items), T), 2.0, np.float32)
+        wav, noise = np.empty((len(items), n), np.int16), np.empty((len(items), T), np.float32)
         tokens = np.full((len(items), T), -1, np.int64)
         for row, ((clip, *key), p, samples, most) in enumerate(zip(items, pack_of.tolist(), lengths.tolist(), count.tolist())):
             pack, i, rng, start = self.packs[p], clip - int(self.first[p]), np.random.default_rng(key), 0
@@ -398,7 +398,7 @@ class Clips:
                 start = int(rng.integers((pack.samples[i] - self.crop) // self.align + 1)) * self.align
             pack.read_into(wav[row, :samples], i, start)
             wav[row, samples:] = 0
-            noise[row, :most] = rng.random(most, dtype=np.float32)
+            noise[row] = rng.random(T, dtype=np.float32)           # for the clip's own tokens the same in any batch
             if self.tokens:
                 numbers, offsets = self.tokens[p]
                 numbers.read_into(mine := np.empty(most, "<u2"), offsets[i] + start // ROW * BANDS)

@@ -469,7 +469,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
         batch = data.to_device(batch, device)
         wav, lengths, truth = augment(batch, truth, cfg, generator)
         chance = torch.rand(len(wav), 2, 2, generator=generator).to(device)             # of SpecAug, the same for any split into parts
-        noise = torch.rand(len(wav), num_tokens(max(wav.shape[1], MIN_SAMPLES)), generator=generator).to(device)       # of patchout
+        noise = F.pad(batch["noise"], (0, num_tokens(max(wav.shape[1], MIN_SAMPLES)) - batch["noise"].shape[1]))        # of patchout, the same on any rank
         size = max(1, int(cfg.device_seconds * data.SAMPLE_RATE // wav.shape[1])) if cfg.device_seconds else len(wav)
         parts = list(zip(wav.split(size), lengths.split(size), truth.split(size), chance.split(size), noise.split(size)))
         count = all_sum(torch.tensor(float(len(wav)), device=device))

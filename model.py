@@ -221,8 +221,9 @@ class RelativeBias(nn.Module):
         if positions is None:
             positions = torch.arange(T, device=self.table.device)[None]
         distance = torch.arange(-T, T + 1, device=self.table.device)            # T itself is a place: see Encoder
-        bias = self.table[relative_bucket(distance, self.buckets, self.max_distance)]   # (2T + 1, H)
-        return bias[positions[:, None, :] - positions[:, :, None] + T].permute(0, 3, 1, 2)      # [query, key]
+        # F.embedding, not indexing, whose backward adds up in no fixed order with several threads
+        bias = F.embedding(relative_bucket(distance, self.buckets, self.max_distance), self.table)      # (2T + 1, H)
+        return F.embedding(positions[:, None, :] - positions[:, :, None] + T, bias).permute(0, 3, 1, 2)     # [query, key]
 
 ATTENTION = "auto"      # auto | plain | fused | flex: how attend() computes; auto = fused on GPUs, else plain
 

@@ -177,7 +177,7 @@ def test_ranks_give_the_gradient_of_one_in_distillation(toy, loop, tmp_path):
         f"{loop[0]}/mam_iter1.pt", "--codes", 32, "--code_dim", 8, "--estimator_blocks", 1], [ONE, TWO])
 
 def test_ranks_give_the_gradient_of_one_in_fine_tuning(toy, loop, tmp_path):
-    compare_gradients(tmp_path, "finetune.py", "finetune_toy", ["--data", toy, "--clip", 1e9, "--batch_seconds", 24, "--no-roll", "--patchout", 0, "--init",
+    compare_gradients(tmp_path, "finetune.py", "finetune_toy", ["--data", toy, "--clip", 1e9, "--batch_seconds", 24, "--no-roll", "--init",
         f"{loop[0]}/mam_iter1.pt"], [ONE, TWO])
 
 CODEBOOKS = """
