@@ -49,14 +49,19 @@ def _fbank_constants():
     left, centre, right = (low + (torch.arange(MELS)[:, None] + i) * step for i in (0.0, 1.0, 2.0))
     bins = 1127.0 * (1.0 + SAMPLE_RATE / 512 * torch.arange(256) / 700.0).log()
     # triangles in mel, in torchaudio's float32 arithmetic: low ones are so narrow that rounding decides their height
-    banks = torch.min((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0)
-    return window, F.pad(banks, (0, 1)).T.contiguous()              # the Nyquist bin has no weight
+    banks = torch.min((bins - left) / (centre - left), (right - bins) / (right - centre)).clamp(min=0).T
+    bands = []                                                      # most of it is zeros: each 16 mel bins see few frequencies
+    for bank in banks.split(PATCH, dim=1):
+        seen = bank.any(1).nonzero()
+        low, high = int(seen[0]), int(seen[-1]) + 1
+        bands.append((low, high, bank[low:high].contiguous()))
+    return window, bands
 
-WINDOW, MEL_BANKS = _fbank_constants()      # (400,), (257, 128)
+WINDOW, MEL_BANKS = _fbank_constants()      # (400,), 8 x (low, high, (high - low, 16))
 
 @functools.lru_cache
 def _on(device):
-    return WINDOW.to(device), MEL_BANKS.to(device)
+    return WINDOW.to(device), [(low, high, bank.to(device)) for low, high, bank in MEL_BANKS]
 
 @torch.no_grad()
 def fbank(wav: torch.Tensor) -> torch.Tensor:
@@ -80,7 +85,9 @@ def fbank(wav: torch.Tensor) -> torch.Tensor:
         # pre-emphasis within the frame; its first sample is left out, for there the window is 0
         x = torch.sub(x[..., 1:], x[..., :-1], alpha=0.97) * window[1:]
         x = torch.view_as_real(torch.fft.rfft(x, n=512)).square()               # (B, N, 257, 2)
-        return ((x[..., 0] + x[..., 1]) @ banks).clamp(min=torch.finfo(torch.float32).eps).log()
+        x = x[..., 0] + x[..., 1]
+        x = torch.cat([x[..., low:high] @ bank for low, high, bank in banks], -1)       # (B, N, 128)
+        return x.clamp(min=torch.finfo(torch.float32).eps).log()
 
 def patchify(x: torch.Tensor) -> torch.Tensor:
     """(B, N, 128) frames -> (B, N // 16 * 8, 256) patches, time-major; frames beyond the last whole row are dropped."""
