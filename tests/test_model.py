@@ -221,6 +221,21 @@ def test_a_row_of_padding_stays_finite(random_encoder):
     for padding in ("exact", "official"):
         assert random_encoder.features(wav, torch.tensor([8000, 0]), padding=padding)[0].isfinite().all()
 
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_what_it_says(p):
+    torch.manual_seed(0)
+    x = (torch.rand(1001, 999) + 0.5).requires_grad_()
+    y = model.dropout(x, p)
+    y.sum().backward()
+    dropped = y == 0
+    error = (p * (1 - p) / x.numel())**0.5                                      # of the share, if draws are independent
+    assert abs(dropped.double().mean() - p) < 4 * error
+    assert abs((dropped[:, 1:] & dropped[:, :-1]).double().mean() - p * p) < 4 * error
+    assert torch.equal(x.grad, (~dropped) / (1 - p)) and torch.allclose(y, x * x.grad)
+    assert torch.equal(model.dropout(x, 0.0), x) and not model.dropout(x, 1.0).any()
+    layer = model.Dropout(p)
+    assert (layer(x) == 0).any() and torch.equal(layer.eval()(x), x)
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_finite(random_encoder, dtype):
     wav = torch.cat([torch.randn(1, 32000), torch.ones(1, 32000), torch.zeros(1, 32000)])     # loud, constant, silent
