@@ -112,9 +112,10 @@ def barrier():
         dist.barrier()
 
 def autocast(device, dtype="auto"):
-    """Mixed precision: bfloat16 where the machine is fast at it (GPU, AMX), else float32. Weights stay float32."""
+    """Mixed precision: bfloat16 where the machine is fast at it (GPU, AMX, AVX-512 BF16), else float32. Weights stay float32."""
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+                else torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 

@@ -97,7 +97,7 @@ def test_fine_tuning_learns_and_finished_folds_are_kept(ragged, tmp_path):
     assert finetune.main(resume=True, **flags) == scores and os.path.getmtime(tmp_path / "finetune_ragged_fold1.pt") == before
 
 def test_micro_batches_do_not_change_what_is_learned(ragged, tmp_path):
-    flags = dict(data=ragged, out_dir=str(tmp_path), fold="1", max_steps=2, roll=True, mixup=0.5, spec_augment=0.3, **FAST)
+    flags = dict(data=ragged, out_dir=str(tmp_path), fold="1", max_steps=2, roll=True, mixup=0.5, spec_augment=0.3, dtype="float32", **FAST)
     for name, seconds in (("whole", 0.0), ("parts", 3.0)):
         finetune.main(name=name, device_seconds=seconds, **flags)
     a, b = (load(tmp_path / f"finetune_{name}_fold1.pt").state_dict() for name in ("whole", "parts"))
@@ -403,7 +403,7 @@ def test_a_dasheng_joins(random_encoder):
 
 def test_probabilities_are_averaged(random_encoder, ragged, tmp_path, capsys):
     members = [save_classifier(random_encoder, tmp_path / f"m{i}_2.pt", labels, i) for i, labels in enumerate((["a", "b"], ["b", "a"]))]
-    flags = dict(data=ragged, out_dir=str(tmp_path), device="cpu", fold="2")
+    flags = dict(data=ragged, out_dir=str(tmp_path), device="cpu", dtype="float32", fold="2")
     parts = []
     for member in members:
         finetune.main(ensemble=member, **flags)

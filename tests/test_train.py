@@ -155,6 +155,7 @@ def gradients(path):
 def compare_gradients(tmp_path, script, name, flags, variants):
     """One step from the same start (a run of one step, to share what is drawn at the start) at several numbers of ranks."""
     import shutil
+    flags = [*flags, "--dtype", "float32"]
     torchrun(1, script, *flags, "--max_steps", 1, "--out_dir", tmp_path / "start")
     first, found = gradients(tmp_path / "start" / f"{name}.pt"), {}
     for label, ranks, extra in variants:
