@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import common
 import finetune
 import train_mam
 import train_tokenizer
@@ -130,6 +131,16 @@ def test_resuming_with_another_tokenizer_is_refused(toy, tmp_path):
     torch.save(tokenizer, tmp_path / "tokenizer_iter1.pt")
     with pytest.raises(UserError, match="is not the tokenizer that .* was trained with"):
         train_mam.main(out_dir=str(tmp_path), resume=True, max_steps=2)
+
+@pytest.mark.parametrize("amx, avx512", [(False, False), (True, False), (False, True)])
+def test_bfloat16_where_the_processor_is_fast_at_it(monkeypatch, amx, avx512):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    x = torch.ones(2, 2)
+    with common.autocast(torch.device("cpu")):
+        assert (x @ x).dtype == (torch.bfloat16 if amx or avx512 else torch.float32)
+    with common.autocast(torch.device("cpu"), "float32"):
+        assert (x @ x).dtype == torch.float32
 
 def test_flags_typed_win_over_the_checkpoint(toy, tmp_path):
     train_mam.main(data=toy, out_dir=str(tmp_path), max_steps=1, **FAST)
