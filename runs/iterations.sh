@@ -2,11 +2,11 @@
 # All the paper's iterations on a few hours of sound with the tiny model: 1 -> 2 -> 3, and 3+ (a fine-tuned iteration 2 teaches).
 # The same command again goes on where it was interrupted: finished stages are kept, a half-done one is resumed.
 # Usage: runs/iterations.sh packs/a,packs/b packs/labelled [fold]     (a labelled pack without folds has train and test)
-# Environment: OUT, and the flags of each kind of stage: MAM, TOKENIZER, FINETUNE, e.g. MAM="--max_steps 4000 --warmup_steps 400"
+# Environment: OUT, and the flags of each kind of stage: MAM, TOKENIZER, FINETUNE, e.g. MAM="--batch_seconds 82 --max_steps 1000 --warmup_steps 100"
 set -e
 DATA=$1 LABELLED=$2 FOLD=$3 OUT=${OUT:-out}
-MAM=${MAM:---batch_seconds 82 --max_steps 1000 --warmup_steps 100}
-TOKENIZER=${TOKENIZER:---max_steps 400}
+MAM=${MAM:---batch_seconds 82 --max_steps 4000 --warmup_steps 400}
+TOKENIZER=${TOKENIZER:---max_steps 800}
 FINETUNE=${FINETUNE:---max_steps 1000}
 TEACHER=$OUT/finetune_teacher${FOLD:+_fold$FOLD}.pt
 
