@@ -2,6 +2,7 @@
 import argparse
 import ctypes
 import dataclasses
+import gc
 import inspect
 import json
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn         # before any group: imported later, its default arguments would keep the group alive (leave)
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
@@ -53,8 +55,7 @@ def run(main, Config, doc):
     except KeyboardInterrupt:
         sys.exit("interrupted; the last checkpoint, if any, is whole")
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
 
 def positive(cfg, *names):
     """UserError unless these fields are above zero."""
@@ -87,6 +88,12 @@ def setup(device="auto", seed=0):
             dist.init_process_group("gloo")
     torch.manual_seed(seed)
     return rank(), world(), device
+
+def leave():
+    """Leave the group, if any, and end its threads: one that outlives the interpreter aborts a rank whose work is done (gloo)."""
+    if dist.is_initialized():
+        gc.collect()                # DDP modules, which hold the group
+        dist.destroy_process_group()
 
 def keep_memory():
     """On Linux, freed memory stays with the process instead of being mapped anew, page by page, at each step: a tenth of a CPU step."""
@@ -129,7 +136,7 @@ def wrap(model, device, compile=False):
     if world() == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        model, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 # -----------------------------------------------------------------------------
 # speed

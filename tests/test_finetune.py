@@ -422,11 +422,11 @@ def test_probabilities_are_averaged(random_encoder, ragged, tmp_path, capsys):
 
 RUNS = """
 import sys; sys.path.insert(0, {root!r})
-import finetune, torch.distributed as dist
+import common, finetune
 finetune.main(ensemble={member!r}, fold="1", **{flags!r})
 finetune.main(init={member!r}, probe="mlp", **{{**{flags!r}, "data": {toy!r}}})
 finetune.main(init={member!r}, fold="3", max_steps=3, batch_seconds=100.0, roll=False, **{flags!r})
-dist.is_initialized() and dist.destroy_process_group()
+common.leave()
 """
 
 def test_two_ranks_score_as_one(ragged, toy, random_encoder, tmp_path):

@@ -194,7 +194,7 @@ def test_ranks_give_the_gradient_of_one_in_fine_tuning(toy, loop, tmp_path):
 
 CODEBOOKS = """
 import sys; sys.path.insert(0, {root!r}); sys.path.insert(0, {root!r} + "/tests")
-import torch, torch.distributed as dist, conftest, train_tokenizer, tokenizer
+import torch, torch.distributed as dist, common, conftest, train_tokenizer, tokenizer
 seen, update = [], tokenizer.Codebook.update_
 def spy(self, *args):
     result = update(self, *args); seen.append(torch.cat([self.weight.flatten(), self.cluster_size])); return result
@@ -205,13 +205,29 @@ for mine in seen:
     first = mine.clone(); dist.broadcast(first, 0); assert torch.equal(mine, first)
 assert not torch.equal(seen[0], seen[-1])
 open({out!r} + f"/equal{{dist.get_rank()}}", "w").write(str(len(seen)))
-dist.barrier(); dist.destroy_process_group()
+dist.barrier(); common.leave()
 """
 
 def test_codebooks_are_equal_on_all_ranks(toy, loop, tmp_path):
     (tmp_path / "spy.py").write_text(CODEBOOKS.format(root=str(ROOT), toy=toy, out=str(tmp_path), teacher=f"{loop[0]}/mam_iter1.pt"))
     torchrun(2, tmp_path / "spy.py")
     assert [(tmp_path / f"equal{rank}").read_text() for rank in (0, 1)] == ["8", "8"]
+
+THREADS = """
+import sys; sys.path.insert(0, {root!r})
+import os, common, train_mam
+train_mam.main(data={toy!r}, out_dir={out!r}, max_steps=1, batch_seconds=8.0, device="cpu")
+threads = lambda: [name for t in os.listdir("/proc/self/task") if "gloo" in (name := open(f"/proc/self/task/{{t}}/comm").read())]
+assert threads()
+common.leave()
+assert not threads(), threads()
+"""
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_the_group_outlives_it(toy, tmp_path):
+    """One that did aborted a rank, now and then, after its last step."""
+    (tmp_path / "threads.py").write_text(THREADS.format(root=str(ROOT), toy=toy, out=str(tmp_path)))
+    torchrun(2, tmp_path / "threads.py")
 
 def test_two_ranks_run_the_loop(ragged, toy, tmp_path):
     out = ["--out_dir", tmp_path, "--max_steps", 4, "--batch_seconds", 8, "--log_every", 2, "--data"]
