@@ -117,7 +117,7 @@ def pieces_of(size, cfg, device):
         with autocast(device, cfg.dtype):
             encoder.features(wav, lengths)
 
-    def step(model, loss_of):
+    def step(model, loss_of, after=lambda model: None):
         """Forward, backward, clip, AdamW."""
         model = model.to(device).train()
         if cfg.compile:
@@ -130,6 +130,7 @@ def pieces_of(size, cfg, device):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            after(model)
         return run
 
     blocks, width = (2, 128) if size == "tiny" else (3, 0)
@@ -141,9 +142,11 @@ def pieces_of(size, cfg, device):
             return train_mam.loss_and_correct(model, inputs, targets)[0] / targets.numel()
         return step(MaskedAudioModel(Encoder(PRESETS[size]), 1024, blocks, width), loss_of)
     def distil(model):
-        patches, valid, target, _ = train_tokenizer.prepare(batch, model.encoder, frozen)
-        distance, commitment, _, _ = train_tokenizer.losses(model, patches, valid, target)
+        patches, valid, target, silent = train_tokenizer.prepare(batch, model.encoder, frozen)
+        distance, commitment, z, codes = train_tokenizer.losses(model, patches, valid, target)
+        vectors.update(z=z.flatten(0, 1), codes=codes.flatten(), use=(valid & ~silent).flatten())
         return (distance + commitment) / valid.sum()
+    vectors = {}
     projection = RandomProjectionTokenizer().to(device)
     distilled = lambda: SelfDistilledTokenizer(Encoder(PRESETS[size]), target_width=frozen.cfg.dim)
     classify = lambda model: model(*model.encoder.patches(wav, lengths)).float().square().mean()
@@ -153,7 +156,7 @@ def pieces_of(size, cfg, device):
         encoder=lambda: forward,                                                # waveform -> features
         mam=lambda: mam(projection),                                            # iteration 1
         mam2=lambda: mam(None, torch.randint(1024, batch["noise"].shape, device=device)),       # iteration 2, cached tokens
-        tokenizer=lambda: step(distilled(), distil),
+        tokenizer=lambda: step(distilled(), distil, lambda model: model.codebook.update_(**vectors, revive=0.1)),
         finetune=lambda: step(Classifier(Encoder(PRESETS[size]), [str(k) for k in range(50)]), classify))
     make["mam2-live"] = lambda: mam(distilled().to(device).eval())              # the same, tokenized on the fly
     return {name: make[name]() for name in cfg.only.split(",") if name in make}, encoder, wav, lengths

@@ -357,7 +357,7 @@ def augment(batch, targets, cfg, generator):
     wav, lengths = batch["wav"], batch["lengths"]
     B, n = wav.shape
     if cfg.roll:
-        shift = (torch.rand(B, generator=generator) * lengths.cpu()).long().to(wav.device)
+        shift = (torch.rand(B, generator=generator).to(wav.device) * lengths).long()
         place = torch.arange(n, device=wav.device)[None]
         wav = wav.gather(1, torch.where(place < lengths[:, None], (place - shift[:, None]) % lengths[:, None], place))
     if cfg.mixup:

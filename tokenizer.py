@@ -133,32 +133,37 @@ class Codebook(nn.Module):
         self.cluster_size.zero_()
 
     @torch.no_grad()
-    def update_(self, z, codes, revive=0.0):
-        """One step on this rank's z (n, dim) and their codes (n,): w <- normalise(0.99 w + 0.01 mean of its vectors).
+    def update_(self, z, codes, use, revive=0.0):
+        """One step on this rank's z (n, dim) and their codes (n,), where use (n,): w <- normalise(0.99 w + 0.01 mean of its vectors).
 
-        A code chosen less than `revive` times as often as the average one is put on a random vector of the batch and
-        its average starts anew; 0 = never (the released code). Returns how many were.
+        A code chosen less than `revive` times as often as the average one is put on a random vector, of any rank's batch, and
+        its average starts anew; 0 = never (the released code). Returns how many were, a tensor: nothing here waits for the device.
         """
-        z, K = z.float(), len(self.weight)
-        counts = torch.bincount(codes, minlength=K).to(z.dtype)
-        sums = torch.zeros_like(self.weight).index_add_(0, codes, z)
-        both = all_sum(torch.cat([sums, counts[:, None]], 1))
+        K, z = len(self.weight), F.pad(z.float(), (0, 1), value=1.0) * use[:, None]
+        both = all_sum(z.new_zeros(K, z.shape[1]).index_add_(0, codes, z))
         sums, counts = both[:, :-1], both[:, -1]
-        if not self.cluster_size.any():     # first step: every code starts with the benefit of the doubt
-            self.cluster_size.fill_(counts.sum() / K if revive else 0.0)
+        average = counts.sum() / K
+        # first step: every code starts with the benefit of the doubt
+        size = torch.where(self.cluster_size.any(), self.cluster_size, average if revive else 0.0)
+        size = self.decay * size + (1 - self.decay) * counts
         means = torch.where(counts[:, None] > 0, F.normalize(sums / counts.clamp(min=1)[:, None], dim=-1), self.weight)
-        self.weight.copy_(F.normalize(self.decay * self.weight + (1 - self.decay) * means, dim=-1))
-        self.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
-        dead = (self.cluster_size < revive * counts.sum() / K).nonzero().flatten()
-        if len(dead):
-            candidates = gather_rows(z[torch.randperm(len(z), device=z.device)[:K]])
-            chosen = candidates[torch.randperm(len(candidates), device=z.device)[:K]]
+        weight = F.normalize(self.decay * self.weight + (1 - self.decay) * means, dim=-1)
+        dead = size < revive * average
+        if revive:
+            # every vector draws a number: the K highest of all ranks, the same on each, are the candidates
+            draw, best = torch.rand(len(z), device=z.device).masked_fill(~use, -1).topk(min(K, len(z)))
+            rows = F.pad(torch.cat([z[best, :-1], draw[:, None]], 1), (0, 0, 0, K - len(best)), value=-1)
             if world() > 1:
-                dist.broadcast(chosen, 0)
-            dead = dead[:len(chosen)]
-            self.weight[dead] = chosen[:len(dead)]
-            self.cluster_size[dead] = counts.sum() / K
-        return len(dead)
+                parts = [torch.empty_like(rows) for _ in range(world())]
+                dist.all_gather(parts, rows)
+                rows = torch.cat(parts)
+            rows = rows[rows[:, -1].topk(K).indices][(dead.cumsum(0) - 1).clamp(min=0)]     # the first dead code takes the first, ...
+            dead &= rows[:, -1] >= 0
+            weight = torch.where(dead[:, None], rows[:, :-1], weight)
+            size = torch.where(dead, average, size)
+        self.weight.copy_(weight)
+        self.cluster_size.copy_(size)
+        return dead.sum()
 
 def gather_rows(x):
     """(n_r, d) on each rank r -> (sum n_r, d) on all."""

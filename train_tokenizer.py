@@ -219,21 +219,23 @@ def main(**flags):
         batch = next(batches)
         parts = [data.to_device(part, device) for part in data.split_batch(batch, cfg.device_seconds or cfg.batch_seconds / world)]
         count = all_sum(sum(valid_tokens(part["lengths"], part["wav"].shape[1]).sum() for part in parts).double())
-        z, codes = [], []
+        z, codes, use = [], [], []
         for i, part in enumerate(parts):
             with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else ddp.no_sync():
                 with autocast(device, cfg.dtype):
                     patches, ok, target, silent = prepare(part, model.encoder, teacher, cfg.teacher_layers)
                     distance, commitment, part_z, part_codes = losses(ddp, patches, ok, target)
                 ((distance + cfg.beta * commitment) * world / count).float().backward()     # DDP divides by world
-            z.append(part_z[ok & ~silent])          # silence is not worth codes
-            codes.append(part_codes[ok & ~silent])
+            z.append(part_z.flatten(0, 1))
+            codes.append(part_codes.flatten())
+            use.append((ok & ~silent).flatten())    # silence is not worth codes
             window += torch.stack([distance.detach(), commitment.detach(), ok.sum()])
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        revived += model.codebook.update_(torch.cat(z), torch.cat(codes), cfg.revive)
-        counts += torch.bincount(torch.cat(codes), minlength=cfg.codes)
+        z, codes, use = torch.cat(z), torch.cat(codes), torch.cat(use)
+        revived += model.codebook.update_(z, codes, use, cfg.revive)
+        counts.index_add_(0, codes, use.float())
         place = stream.after(place)
         seen += len(batch["wav"]) * batch["wav"].shape[1] / data.SAMPLE_RATE * world
 
@@ -242,7 +244,7 @@ def main(**flags):
             distance, commitment, n = all_sum(window).tolist()
             use = code_use(all_sum(counts)[None].cpu())
             log(step=done, cosine=1 - distance / n, commitment=commitment / n, codes_used=use["codes_used"],
-                dead_codes=cfg.codes - use["codes_used"], perplexity=use["perplexity"], revived=revived, lr=optimizer.param_groups[0]["lr"],
+                dead_codes=cfg.codes - use["codes_used"], perplexity=use["perplexity"], revived=int(revived), lr=optimizer.param_groups[0]["lr"],
                 x_realtime=seen / (time.time() - began), mfu=flops * seen / (time.time() - began) / rate, epoch=place[0])
             if use["perplexity"] < 0.05 * cfg.codes:
                 log(f"WARNING: the codebook is collapsing, {use['codes_used']} of {cfg.codes} codes in use, perplexity {use['perplexity']:.1f}; "

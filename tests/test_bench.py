@@ -1,4 +1,5 @@
 """The measuring itself: what is counted, and that nothing is timed that does something else."""
+import contextlib
 import json
 
 import pytest
@@ -21,6 +22,14 @@ def test_every_piece_is_timed_and_counted(tmp_path, capsys):
     assert lines["matrix"]["share_of_limit"] == pytest.approx(1)
     assert json.load(open(tmp_path / "bench.json"))["results"] == results
     assert "cached tokens save" in capsys.readouterr().out
+
+@pytest.mark.parametrize("piece", ["fbank", "encoder", "mam", "mam2", "mam2-live", "tokenizer", "finetune"])
+def test_no_step_waits_for_the_device(piece, monkeypatch):
+    """On the device "meta" there are shapes and no numbers: asking it for one (.item(), nonzero, a boolean index) is an error."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())         # unknown to it, as are fused kernels
+    monkeypatch.setattr(common, "make_optimizer", lambda model, lr, decay: torch.optim.AdamW(model.parameters(), lr))
+    cfg = bench.Config(clips=2, seconds=2.56, only=piece)
+    bench.pieces_of("micro", cfg, torch.device("meta"))[0][piece]()
 
 def test_arithmetic_is_counted_as_by_hand():
     D, T, L = MICRO.dim, 32, MICRO.layers

@@ -65,7 +65,7 @@ def test_codebook_steps_equal_the_official_ones():
         assert torch.allclose(codebook.weight[codes], step["z_q"], atol=1e-6)
         assert torch.allclose((z - codebook.weight[codes]).square().mean(), step["loss"], atol=1e-7)     # the official mean
         if step["mode"] == "train":
-            codebook.update_(flat, codes.flatten())
+            codebook.update_(flat, codes.flatten(), torch.ones(len(flat), dtype=torch.bool))
             assert torch.allclose(codebook.cluster_size, step["state_after"]["cluster_size"], atol=1e-5)
         assert torch.allclose(codebook.weight, step["state_after"]["embedding.weight"], atol=1e-6)
 
@@ -79,21 +79,40 @@ def test_kmeans_finds_planted_clusters():
 
 def test_a_dead_code_is_put_to_use_and_stays():
     torch.manual_seed(0)
-    codebook = Codebook(4, 8)
+    codebook, everything = Codebook(4, 8), torch.ones(200, dtype=torch.bool)
     z = F.normalize(torch.randn(200, 8), dim=-1)
     codebook.weight.copy_(F.normalize(torch.randn(4, 8), dim=-1))
-    codebook.weight[2] = -z.mean(0) / z.mean(0).norm() * 0                 # a code that nothing chooses
-    codebook.weight[2, 0] = 0
+    codebook.weight[2] = 0                                                  # a code that nothing chooses
     revived, steps = 0, 0
     while not revived:
         codes = (z @ codebook.weight.T)
         codes[:, 2] = -9
-        revived, steps = codebook.update_(z, codes.argmax(-1), revive=0.1), steps + 1
+        revived, steps = codebook.update_(z, codes.argmax(-1), everything, revive=0.1), steps + 1
     assert 150 < steps < 300                                                # 0.99^229 = 0.1
-    assert codebook.weight[2].norm().item() == pytest.approx(1.0, abs=1e-5)
+    assert (z @ codebook.weight[2]).max() > 0.999                           # it is one of the vectors
     for _ in range(20):
-        assert codebook.update_(z, codebook.nearest(z), revive=0.1) == 0
+        assert codebook.update_(z, codebook.nearest(z), everything, revive=0.1) == 0
     assert (codebook.nearest(z) == 2).any()
+
+def test_padding_and_silence_do_not_move_the_codebook():
+    """Neither averages, nor sizes, nor the vectors that dead codes are put on."""
+    torch.manual_seed(0)
+    start, z = F.normalize(torch.randn(16, 8), dim=-1), F.normalize(torch.randn(60, 8), dim=-1)
+    use = torch.arange(60) % 3 == 0
+    some, only = Codebook(16, 8), Codebook(16, 8)
+    for codebook, rows in ((some, slice(None)), (only, use)):
+        codebook.weight.copy_(start)
+        codebook.update_(z[rows], codebook.nearest(z[rows]), use[rows])
+    assert torch.allclose(some.weight, only.weight) and torch.equal(some.cluster_size, only.cluster_size)
+    some.cluster_size.fill_(1e-6)
+    some.cluster_size[0] = 20
+    assert some.update_(z, torch.zeros(60, dtype=torch.long), use, revive=0.5) == 15             # all but code 0
+    found = some.weight[1:] @ z.T
+    assert (found.max(1).values > 0.999).all() and use[found.argmax(1)].all()
+    assert len(found.argmax(1).unique()) == 15                                                   # each its own
+    some.cluster_size[1:] = 1e-6
+    few = torch.arange(60) < 5
+    assert some.update_(z, torch.zeros(60, dtype=torch.long), few, revive=0.5) == 5              # no more than there are vectors
 
 def test_looking_up_changes_nothing():
     torch.manual_seed(0)
