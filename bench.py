@@ -162,7 +162,7 @@ def pieces_of(size, cfg, device):
     return {name: make[name]() for name in cfg.only.split(",") if name in make}, encoder, wav, lengths
 
 def reading(cfg):
-    """Batches from a warm pack, the same clips decoded from FLAC, and the copying that the first cannot avoid; seconds per clip each."""
+    """Batches from a warm pack, the same clips decoded from FLAC, and the copying that the first cannot avoid."""
     import soundfile
     with tempfile.TemporaryDirectory() as folder:
         if cfg.data:
@@ -170,24 +170,29 @@ def reading(cfg):
         else:
             rows = [dict(path=str(i), labels=[], split="", group="") for i in range(256)]
             tone = lambda i: np.sin(np.cumsum(np.random.default_rng(i).uniform(0.01, 0.5, 100).repeat(1600)))
-            read = lambda row: (tone(int(row["path"])) + 0.05 * np.random.default_rng(0).standard_normal(160_000)).astype(np.float32) / 4
+            noise = 0.05 * np.random.default_rng(0).standard_normal(160_000)
+            read = lambda row: (tone(int(row["path"])) + noise).astype(np.float32) / 4
             pack = data.write_pack(Path(folder) / "pack", rows, read, source="made up")
         clips = data.Clips([pack])
-        batches = [[(int(i), 0, k) for k, i in enumerate(b)] for b in data.epoch_batches(clips.samples, 320 * data.SAMPLE_RATE, (0, 0))][:10]
+        batches = data.epoch_batches(clips.samples, 320 * data.SAMPLE_RATE, (0, 0))[:10]
+        batches = [[(int(i), 0, k) for k, i in enumerate(batch)] for batch in batches]
         chosen = [item[0] for batch in batches for item in batch]
         for i in set(chosen):
             soundfile.write(f"{folder}/{i}.flac", pack.audio(i), data.SAMPLE_RATE)
         memory = [pack.audio(i) for i in chosen]
         for i in chosen:
             soundfile.read(f"{folder}/{i}.flac")
-        times = measure(dict(pack=lambda: [clips[batch] for batch in batches], flac=lambda: [soundfile.read(f"{folder}/{i}.flac", dtype="int16") for i in chosen],
-                             copy=lambda: [wav.copy() for wav in memory]), cfg.runs, torch.device("cpu"))
+        ways = dict(pack=lambda: [clips[batch] for batch in batches], copy=lambda: [wav.copy() for wav in memory],
+                    flac=lambda: [soundfile.read(f"{folder}/{i}.flac", dtype="int16") for i in chosen])
+        times = measure(ways, cfg.runs, torch.device("cpu"))
     rate = {name: sorted(len(chosen) / t for t in took) for name, took in times.items()}
     middle = {name: statistics.median(r) for name, r in rate.items()}
     seconds = pack.samples[chosen].mean() / data.SAMPLE_RATE
-    print(f"data, clips of {seconds:.1f} s on one core: " + ", ".join(f"{name} {middle[name]:.0f} ({r[0]:.0f}-{r[-1]:.0f}) clips/s" for name, r in rate.items())
-          + f"; the pack at {middle['pack'] / middle['flac']:.1f}x FLAC and {100 * middle['pack'] / middle['copy']:.0f} % of copying")
-    return dict(piece="data", clip_seconds=float(seconds), clips_per_second=middle, over_flac=middle["pack"] / middle["flac"], of_copying=middle["pack"] / middle["copy"])
+    over_flac, of_copying = middle["pack"] / middle["flac"], middle["pack"] / middle["copy"]
+    print(f"data, clips of {seconds:.1f} s on one core: "
+          + ", ".join(f"{name} {middle[name]:.0f} ({r[0]:.0f}-{r[-1]:.0f}) clips/s" for name, r in rate.items())
+          + f"; the pack at {over_flac:.1f}x FLAC and {100 * of_copying:.0f} % of copying")
+    return dict(piece="data", clip_seconds=float(seconds), clips_per_second=middle, over_flac=over_flac, of_copying=of_copying)
 
 # -----------------------------------------------------------------------------
 
@@ -209,18 +214,20 @@ def table(cfg, device):
         rate = flops["matrix"] / statistics.median(times["matrix"])
         for name, took in times.items():
             middle = statistics.median(took)
-            line = dict(model=size, piece=name, dtype=cfg.dtype, compiled=cfg.compile, clips=cfg.clips, clip_seconds=cfg.seconds, ms=1e3 * middle,
-                        ms_min=1e3 * min(took), ms_max=1e3 * max(took), audio_seconds_per_second=cfg.clips * cfg.seconds / middle,
+            line = dict(model=size, piece=name, dtype=cfg.dtype, compiled=cfg.compile, clips=cfg.clips, clip_seconds=cfg.seconds,
+                        ms=1e3 * middle, ms_min=1e3 * min(took), ms_max=1e3 * max(took),
+                        audio_seconds_per_second=cfg.clips * cfg.seconds / middle,
                         gflop=flops[name] / 1e9, share_of_limit=flops[name] / middle / rate, peak_mb=memory.get(name, 0.0))
             results.append(line)
             speed = f"{line['audio_seconds_per_second']:10.0f}" if name != "matrix" else f"{rate / 1e9:4.0f} GF/s"
-            print(f"{size:6} {name:18} {line['ms']:8.1f} {line['ms_min']:7.1f}-{line['ms_max']:<7.1f} {speed:>10} {line['gflop']:8.1f} "
-                  f"{100 * line['share_of_limit']:5.0f}% {line['peak_mb']:7.0f}")
+            print(f"{size:6} {name:18} {line['ms']:8.1f} {line['ms_min']:7.1f}-{line['ms_max']:<7.1f} {speed:>10} "
+                  f"{line['gflop']:8.1f} {100 * line['share_of_limit']:5.0f}% {line['peak_mb']:7.0f}")
         if cfg.peer and not theirs:
             print(f"--peer {cfg.peer}: does none of {', '.join(pieces)}")
         for name, piece in theirs.items():
             ratios = sorted(a / b for a, b in zip(times[name], times[piece]))
-            print(f"{size}: {name} takes {statistics.median(times[name]) / statistics.median(times[piece]):.2f}x our time (in single rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
+            print(f"{size}: {name} takes {statistics.median(times[name]) / statistics.median(times[piece]):.2f}x our time "
+                  f"(in single rounds {ratios[0]:.2f} to {ratios[-1]:.2f})")
             results.append(dict(model=size, piece=name, over_ours=ratios))
         if {"mam2", "mam2-live"} <= times.keys():
             live, cached = (statistics.median(times[k]) for k in ("mam2-live", "mam2"))
@@ -237,12 +244,14 @@ class Saved(torch.autograd.Function):
         return out
 
 def memory(cfg):
-    """What a training step keeps on a GPU, counted on this machine: the tensors that autograd saves in mixed precision, with the convolution
-    and attention that GPUs use. What two clips of 10 s keep more than one is the share of the audio; the rest, with weights, gradients
-    and AdamW's moments (16 bytes a parameter), is fixed. With recompute one block's share comes on top. A tenth of a card is left."""
+    """What a training step keeps on a GPU, counted on this machine: the tensors that autograd saves in mixed precision, with the
+    convolution and attention that GPUs use. What two clips of 10 s keep more than one is the share of the audio; the rest, with
+    weights, gradients and AdamW's moments (16 bytes a parameter), is fixed. With recompute one block's share comes on top. A
+    tenth of a card is left."""
     fused = lambda q, k, v, attn_mask, dropout_p: Saved.apply(q, k, v, attn_mask)
     results, cards = [], (16, 24, 40, 80)
-    print(f"{'model':6} {'step':9} {'':10} {'fixed GB':>8} {'MB per s':>9}   seconds of audio that fit into {', '.join(map(str, cards))} GB")
+    print(f"{'model':6} {'step':9} {'':10} {'fixed GB':>8} {'MB per s':>9}   "
+          f"seconds of audio that fit into {', '.join(map(str, cards))} GB")
 
     def kept(net, clips, **inputs):
         saved = {}
@@ -250,10 +259,12 @@ def memory(cfg):
             storage = x.untyped_storage()               # held, so that no address comes twice
             saved[storage.data_ptr()] = storage
             return x
-        with mock.patch.multiple(model, ATTENTION="fused", conv_by_fft=model.conv_direct), mock.patch.object(model.F, "scaled_dot_product_attention", fused), \
-                torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        with (mock.patch.multiple(model, ATTENTION="fused", conv_by_fft=model.conv_direct),
+              mock.patch.object(model.F, "scaled_dot_product_attention", fused),
+              torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(save, lambda x: x)):
             logits = net(torch.randn(clips, 496, 256), None, **{key: x.expand(clips, -1) for key, x in inputs.items()})
-            torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), torch.zeros(logits[..., 0].numel(), dtype=torch.long))
+            labels = torch.zeros(logits[..., 0].numel(), dtype=torch.long)
+            torch.nn.functional.cross_entropy(logits.float().flatten(0, -2), labels)
         own = {p.untyped_storage().data_ptr() for p in net.parameters()}
         return sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
 
@@ -266,18 +277,21 @@ def memory(cfg):
                 encoder.recompute = recompute
                 if step == "mam":
                     net = MaskedAudioModel(encoder, 1024, *((2, 128) if size == "tiny" else (3, 0))).train()
-                    inputs = dict(zip(("keep", "masked"), random_mask(torch.rand(1, 496), torch.ones(1, 496, dtype=torch.bool), 0.75)))
+                    everything = torch.ones(1, 496, dtype=torch.bool)
+                    inputs = dict(zip(("keep", "masked"), random_mask(torch.rand(1, 496), everything, 0.75)))
                 else:
                     net = Classifier(encoder, list(map(str, range(527)))).train()
                 one, two = kept(net, 1, **inputs), kept(net, 2, **inputs)
                 fixed, second = 16 * sum(p.numel() for p in net.parameters()) + 2 * one - two, (two - one) / 10
                 if not recompute:
-                    without, blocks = second, (len(net.blocks) if step == "mam" else encoder.cfg.layers)        # a predictor's block is the largest
+                    without, blocks = second, len(net.blocks) if step == "mam" else encoder.cfg.layers   # a predictor's is the largest
                 else:
                     second += (without - second) / blocks
                 fits = [max(0, int((0.9 * card * 1e9 - fixed) / second)) for card in cards]
-                results.append(dict(model=size, piece=f"{step} memory", recompute=recompute, fixed_gb=fixed / 1e9, mb_per_second=second / 1e6, fits=dict(zip(cards, fits))))
-                print(f"{size:6} {step:9} {'recompute' if recompute else '':10} {fixed / 1e9:8.2f} {second / 1e6:9.1f}   {', '.join(map(str, fits))}", flush=True)
+                results.append(dict(model=size, piece=f"{step} memory", recompute=recompute, fixed_gb=fixed / 1e9,
+                                    mb_per_second=second / 1e6, fits=dict(zip(cards, fits))))
+                print(f"{size:6} {step:9} {'recompute' if recompute else '':10} {fixed / 1e9:8.2f} {second / 1e6:9.1f}   "
+                      f"{', '.join(map(str, fits))}", flush=True)
     return results
 
 def figure(cfg, device):
@@ -290,7 +304,8 @@ def figure(cfg, device):
         raise UserError("--figure: pip install matplotlib") from None
     results, (left, right) = [], (panels := plt.subplots(1, 2, figsize=(9, 3.5), sharey=True))[1]
     for size in cfg.model.split(","):
-        for axis, label, grid in ((left, "clip length in seconds, 40 s a batch", [(max(1, round(40 / s)), s) for s in (1, 2, 5, 10, 20, 30)]),
+        lengths = [(max(1, round(40 / s)), s) for s in (1, 2, 5, 10, 20, 30)]
+        for axis, label, grid in ((left, "clip length in seconds, 40 s a batch", lengths),
                                   (right, "clips of 10 s in a batch", [(b, 10) for b in (1, 2, 4, 8)])):
             cost = {}
             for clips, seconds in grid:
@@ -298,9 +313,11 @@ def figure(cfg, device):
                 pieces = pieces_of(size, part, device)[0]
                 flops = {name: common.flops_of(f) for name, f in pieces.items()}
                 for name, took in measure(pieces, cfg.runs, device).items():
-                    cost.setdefault(name, []).append((seconds if axis is left else clips, 1e3 * statistics.median(took) / clips / seconds))
-                    results.append(dict(model=size, piece=name, clips=clips, clip_seconds=seconds, ms_per_second=cost[name][-1][1], gflop=flops[name] / 1e9))
-                    print(f"{size} {name} {clips} x {seconds} s: {cost[name][-1][1]:.1f} ms and {flops[name] / 1e9 / clips / seconds:.2f} GFLOP per second of audio", flush=True)
+                    ms, gflop = 1e3 * statistics.median(took) / clips / seconds, flops[name] / 1e9
+                    cost.setdefault(name, []).append((seconds if axis is left else clips, ms))
+                    results.append(dict(model=size, piece=name, clips=clips, clip_seconds=seconds, ms_per_second=ms, gflop=gflop))
+                    print(f"{size} {name} {clips} x {seconds} s: {ms:.1f} ms and {gflop / clips / seconds:.2f} GFLOP per second "
+                          "of audio", flush=True)
             for name, points in cost.items():
                 axis.plot(*zip(*points), "o-", label=f"{size} {name}")
             axis.set_xlabel(label)
@@ -321,12 +338,15 @@ def main(**flags):
     if unknown:
         raise UserError(f"--model {cfg.model}: sizes are {', '.join(PRESETS)}")
     device = common.setup(cfg.device)[2]
-    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {cfg.dtype}, {cfg.clips} clips of {cfg.seconds:g} s, {cfg.runs} runs")
-    results = memory(cfg) if cfg.memory else figure(cfg, device) if cfg.figure else table(cfg, device) if set(cfg.only.split(",")) - {"data"} else []
+    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}, {cfg.dtype}, "
+          f"{cfg.clips} clips of {cfg.seconds:g} s, {cfg.runs} runs")
+    pieces = set(cfg.only.split(",")) - {"data"}
+    results = memory(cfg) if cfg.memory else figure(cfg, device) if cfg.figure else table(cfg, device) if pieces else []
     if "data" in cfg.only.split(",") and not (cfg.figure or cfg.memory):
         results.append(reading(cfg))
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(cfg.out).write_text(json.dumps(dict(device=device.type, threads=torch.get_num_threads(), torch=str(torch.__version__), results=results), indent=1))
+    machine = dict(device=device.type, threads=torch.get_num_threads(), torch=str(torch.__version__))
+    Path(cfg.out).write_text(json.dumps(machine | dict(results=results), indent=1))
     return results
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class UserError(ValueError):
 def parse(Config, doc, argv=None) -> dict:
     """A dataclass as command line: --a_b or --a-b per field, its comment as help. Returns only the flags typed."""
     comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, usage="%(prog)s [--flag value ...]")
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                                     usage="%(prog)s [--flag value ...]")
     for field in dataclasses.fields(Config):
         names = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
         options = dict(dest=field.name, default=argparse.SUPPRESS)

@@ -109,7 +109,8 @@ def load_audio(paths) -> tuple[torch.Tensor, torch.Tensor]:
 # packs
 
 def in_order(function, items, workers):
-    """function(item) for all items by threads (what decodes, reads and copies runs outside the interpreter lock), in order, a few ahead."""
+    """function(item) for all items by threads (what decodes, reads and copies runs outside the interpreter lock), in order,
+    a few ahead."""
     if not workers:
         yield from map(function, items)
         return
@@ -130,7 +131,8 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
 
     Clips longer than max_seconds (or the row's own) are cut. A row whose read raises UserError, or that is shorter than one
     patch row (0.175 s), is skipped and listed with its reason. While it is made, the pack is out.partial, with a journal: a line per
-    row whose audio is safely on disk: its stamp, and [[samples, crc], ...] or the reason for skipping it. A packing that was killed goes on there.
+    row whose audio is safely on disk: its stamp, and [[samples, crc], ...] or the reason for skipping it. A packing that was
+    killed goes on there.
     """
     out, workers = Path(out), workers or os.cpu_count()
     if out.exists():
@@ -153,7 +155,8 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
             return None
 
     def decode(row):
-        """Stamp and [(int16 audio, crc), ...], or the reason why there is none. A rest after cutting, less than a patch, has crc None."""
+        """Stamp and [(int16 audio, crc), ...], or the reason why there is none. A rest after cutting, less than a patch,
+        has crc None."""
         now = stamp(row)
         try:
             if "problem" in row:
@@ -235,7 +238,8 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
         sync()
     if not index:
         shutil.rmtree(partial)
-        raise UserError(f"{source}: no usable audio" + (f"; {len(skipped)} files skipped, the first: {skipped[0][1]}" if skipped else ""))
+        raise UserError(f"{source}: no usable audio"
+                        + (f"; {len(skipped)} files skipped, the first: {skipped[0][1]}" if skipped else ""))
     if audio:
         audio.close()
     index = np.array(index, INDEX)
@@ -261,7 +265,8 @@ def write_pack(out, rows, read, classes=None, source="", max_seconds=10.0, worke
     (partial / "journal").unlink()
     os.replace(partial, out)
     print(f"{out}: {len(index)} clips, {info['hours']:.2f} h, {len(classes)} classes, fbank {mean:.3f} +- {std:.3f} over {used} clips"
-          + (f"; {len(skipped)} of {len(rows)} files skipped, listed in {out / 'skipped.csv'}, the first: {skipped[0][1]}" if skipped else ""))
+          + (f"; {len(skipped)} of {len(rows)} files skipped, listed in {out / 'skipped.csv'}, the first: {skipped[0][1]}"
+             if skipped else ""))
     return Pack(out)
 
 def fbank_stats(pack, clips=2000):
@@ -365,7 +370,8 @@ def open_packs(spec: str):
 # batches: what they hold is a pure function of (seed, epoch, number), whatever the number of threads that make them
 
 class Clips:
-    """Clips of one or more packs, numbered through. Asked for a list of (clip, *key), it gives a batch; all chance is drawn from the keys.
+    """Clips of one or more packs, numbered through. Asked for a list of (clip, *key), it gives a batch;
+    all chance is drawn from the keys.
 
     crop: samples of a random crop, 0 = whole clips, starting at a multiple of `align` samples.
     tokens: per pack the Numbers of its tokens, one row of 8 per patch row, and where each clip's begin; cropped alike.
@@ -435,14 +441,15 @@ def epoch_batches(samples, batch_samples, key, subsets=None, weights=None, multi
 def mixed_batches(samples, batch_samples, key, subsets, weights, multiple=1):
     """As many seconds as all packs have, weights[p] of them from pack p: batches of batch_samples of audio.
 
-    Each pack is a stream of its clips, shuffled, again and again. A clip is due at (seconds of its stream so far) / weight; all streams are
-    merged by that. So any run of batches holds each pack's share to within a clip or two.
+    Each pack is a stream of its clips, shuffled, again and again. A clip is due at (seconds of its stream so far) / weight;
+    all streams are merged by that. So any run of batches holds each pack's share to within a clip or two.
     """
     total = sum(samples[s].sum(dtype=np.int64) for s in subsets)
     streams, due = [], []
     for p, (subset, weight) in enumerate(zip(subsets, weights)):
         passes = math.ceil(weight * total / samples[subset].sum(dtype=np.int64))
-        stream = np.concatenate([batch for t in range(passes) for batch in epoch_batches(samples, weight * batch_samples, (*key, p, t), [subset])])
+        stream = np.concatenate([batch for t in range(passes)
+                                 for batch in epoch_batches(samples, weight * batch_samples, (*key, p, t), [subset])])
         seconds = np.cumsum(samples[stream], dtype=np.float64)
         stream = stream[:max(1, np.searchsorted(seconds, weight * total * (1 + 1e-9), side="right"))]
         streams.append(stream)
@@ -545,7 +552,8 @@ def make_toy(out, clips=1600, seed=0):
     """Ten classes of made sounds, 3 s each, 80 minutes: 3/4 train, 1/4 test. A function of the seed."""
     rows = [dict(path=f"toy-{i:05d}", labels=[toy.CLASSES[i % 10]], split="test" if i % 40 < 10 else "train", group="", key=[seed, i])
             for i in range(clips)]
-    return write_pack(out, rows, lambda row: toy.toy_clip(np.random.default_rng(row["key"]), row["labels"][0]), toy.CLASSES, source="toy")
+    return write_pack(out, rows, lambda row: toy.toy_clip(np.random.default_rng(row["key"]), row["labels"][0]), toy.CLASSES,
+                      source="toy")
 
 def show(path):
     pack = Pack(path)
@@ -553,7 +561,8 @@ def show(path):
     counts = lambda values: ", ".join(f"{v or '(none)'} {n}" for v, n in zip(*np.unique(values, return_counts=True)))
     print(f"{path}: {len(pack)} clips of {pack.samples.min() / SAMPLE_RATE:.2f} to {pack.samples.max() / SAMPLE_RATE:.2f} s, "
           f"{pack.info['hours']:.2f} h from {pack.info['source']}\nfbank mean {pack.info['fbank_mean']:.5f} std "
-          f"{pack.info['fbank_std']:.5f} over {pack.info['fbank_clips']} evenly spaced clips\nsplits: {counts(split)}\n{len(np.unique(group))} groups\n"
+          f"{pack.info['fbank_std']:.5f} over {pack.info['fbank_clips']} evenly spaced clips\nsplits: {counts(split)}\n"
+          f"{len(np.unique(group))} groups\n"
           f"classes: {counts([pack.classes[c] for row in labels for c in row]) or '(none)'}\n{pack.info['skipped']} files skipped, "
           f"{pack.info['rests_dropped']} rests of under 0.175 s left out when cutting long files")
     for _, reason in pack.skipped():
@@ -576,11 +585,13 @@ def main(argv=None):
     for name in ("path", "label", "split", "group"):
         command["csv"].add_argument(f"--{name}_column", f"--{name}-column", help=f"header of the {name} column [found by name]")
     for name in ("folder", "esc50", "audioset", "speechcommands", "iemocap"):
-        command[name].add_argument("root", help="folder of the audio files" if name in ("folder", "audioset") else "folder of the data set, unpacked")
+        command[name].add_argument("root", help="folder of the audio files" if name in ("folder", "audioset")
+                                   else "folder of the data set, unpacked")
     command["audioset"].add_argument("--train", help="tables, as in balanced_train_segments.csv,unbalanced_train_segments.csv")
     command["audioset"].add_argument("--test", help="tables, as in eval_segments.csv")
     command["audioset"].add_argument("--class_csv", "--class-csv", required=True, help="class_labels_indices.csv")
-    command["speechcommands"].add_argument("--version", type=int, default=2, choices=(1, 2), help="1 = SUPERB's 12 classes of v0.01, 2 = 35 words of v0.02 [2]")
+    command["speechcommands"].add_argument("--version", type=int, default=2, choices=(1, 2),
+                                           help="1 = SUPERB's 12 classes of v0.01, 2 = 35 words of v0.02 [2]")
     command["speechcommands"].add_argument("--test_root", "--test-root", help="folder of speech_commands_test_set_v0.01, for version 1")
     for name in ("csv", "folder", "esc50", "audioset", "speechcommands", "iemocap"):
         command[name].add_argument("--max_seconds", "--max-seconds", type=float, default=10.0, help="longer clips are cut [10]")
@@ -600,7 +611,8 @@ def main(argv=None):
     if args.command == "check":
         damaged = Pack(args.pack).damaged()
         if damaged:
-            raise UserError(f"{args.pack}: {len(damaged)} clips are not what was packed, number {damaged[0]} the first; remove it and make it again")
+            raise UserError(f"{args.pack}: {len(damaged)} clips are not what was packed, number {damaged[0]} the first; "
+                            "remove it and make it again")
         return print(f"{args.pack}: every clip is as it was packed")
     if args.command == "csv":
         columns = {n: getattr(args, f"{n}_column") for n in ("path", "label", "split", "group") if getattr(args, f"{n}_column")}

@@ -5,7 +5,7 @@ Use an encoder on any labelled pack: fine-tune it, probe it frozen, or average s
     python finetune.py --data packs/esc50 --init BEATs_iter3.pt --task esc50        # the paper's recipe (Table 4)
     python finetune.py --data packs/esc50 --init out/mam_iter1.pt --probe mlp       # frozen: linear, mlp or knn
     python finetune.py --data packs/esc50 --init a.pt,b.pt --probe mlp              # the features of several encoders, side by side
-    python finetune.py --data packs/as --ensemble out/x.pt,out/y.pt                 # fine-tuned files: each, and their mean probability
+    python finetune.py --data packs/as --ensemble out/x.pt,out/y.pt                 # fine-tuned files: each, and their mean
     torchrun --nproc_per_node 4 finetune.py --data packs/as20k --init BEATs_iter3.pt --task as20k
 
 A pack whose splits are numbers has folds: each is tested once, trained on the others. Otherwise train on `train`, test once on
@@ -34,13 +34,14 @@ from tqdm import tqdm
 import common
 import data
 from common import UserError, all_sum, autocast
-from model import FRAME, HOP, MELS, MIN_SAMPLES, PRESETS, Classifier, Encoder, EncoderConfig, fbank, load, masked_mean, num_tokens, patchify, prepare_clips, random_mask, read_checkpoint
+from model import (FRAME, HOP, MELS, MIN_SAMPLES, PRESETS, Classifier, Encoder, EncoderConfig, fbank, load, masked_mean,
+                   num_tokens, patchify, prepare_clips, random_mask, read_checkpoint)
 
 @dataclass
 class Config:
     data: str = ""                  # one labelled pack
-    task: str = "custom"            # custom | as2m | as20k | esc50 | ks1 | ks2 | er: defaults that fit a CPU, or a column of the paper's Table 4
-    init: str = "scratch"           # encoder: ours, a released file, scratch, or module:function; for a probe several, as in a.pt,b.pt
+    task: str = "custom"            # custom | as2m | as20k | esc50 | ks1 | ks2 | er: defaults that fit a CPU, or a column of Table 4
+    init: str = "scratch"           # ours, a released file, scratch, or module:function; for a probe several, as in a.pt,b.pt
     out_dir: str = "out"            # folder of checkpoints, logs and predictions
     name: str = ""                  # of the result, finetune_<name>; none = that of the pack
     model: str = "tiny"             # tiny | base | large, for scratch
@@ -60,9 +61,9 @@ class Config:
     lr: float = 5e-4                # peak learning rate
     head_lr: float = 10.0           # the new head's, times this
     lr_decay: float = 1.0           # learning rate of each layer, times this per layer below the head (BEiT; 0.65 to 0.8 are usual)
-    grad_decay: float = 1.0         # gradient entering each layer, times this (the released layer-wise decay, far weaker: Adam rescales)
+    grad_decay: float = 1.0         # gradient entering each layer, times this (the released decay, far weaker: Adam rescales)
     weight_decay: float = 0.05      # on matrices only
-    balance: str = "none"           # none | weights | unknown: clips weigh the sum of 1000 / count over their classes; or KS1's epochs
+    balance: str = "none"           # none | weights | unknown: clips weigh 1000 / count, summed over their classes; or KS1's epochs
     mixup: float = 0.0              # Beta(mixup, mixup) of waveforms, 0 = none
     spec_augment: float = 0.0       # widest mask, as a share of each axis; 0 = none
     patchout: float = 0.6           # share of the patches left out of every training clip (PaSST): regularises, and costs less
@@ -85,12 +86,13 @@ class Config:
     resume: bool = False            # go on: finished folds are kept, an interrupted one continues
 
 # Table 4 of the paper. (?) = its flattened text leaves open which column a value stands in. Optimizer everywhere: AdamW, betas
-# (0.9, 0.98), eps 1e-8 (not given). Not in the table: the clipping of gradients (1.0 as ESPnet), a learning rate of the head's own, patchout.
+# (0.9, 0.98), eps 1e-8 (not given). Not in the table: the clipping of gradients (1.0 as ESPnet), a learning rate of the
+# head's own, patchout.
 TABLE4 = dict(          # as2m     as20k     esc50     ks1       ks2       er          KS and ER columns (?) where they differ
     max_steps=         (50000,    80000,    80000,    80000,    80000,    80000),
     warmup_steps=      (5000,     8000,     8000,     8000,     8000,     8000),     # printed as epochs; they are steps
     batch_seconds=     (6400.0,   800.0,    300.0,    100.0,    100.0,    300.0),
-    device_seconds=    (400.0,    200.0,    75.0,     25.0,     25.0,     75.0),     # its GPUs: 16 and 4; any number gives the same step
+    device_seconds=    (400.0,    200.0,    75.0,     25.0,     25.0,     75.0),     # its GPUs: 16 and 4; any number will do
     grad_decay=        (0.6,      0.3,      0.2,      0.3,      0.3,      1.0),
     lr=                (1e-4,     3e-5,     3e-5,     1e-4,     1e-4,     3e-5),
     balance=           ("weights", "none",  "none",   "unknown", "none",  "none"),
@@ -103,7 +105,8 @@ TABLE4 = dict(          # as2m     as20k     esc50     ks1       ks2       er   
     fbank_mean=        (15.41663, 15.41663, 11.72215, 11.43905, 11.41045, 12.0889),
     fbank_std=         (6.55582,  6.55582,  10.60431, 5.64913,  5.67857,  4.29147),
     weight_decay=      (0.01,) * 6, head_lr=(1.0,) * 6, patchout=(0.0,) * 6)
-TASKS = {"custom": {}} | {task: {key: row[i] for key, row in TABLE4.items()} for i, task in enumerate(("as2m", "as20k", "esc50", "ks1", "ks2", "er"))}
+TASKS = {"custom": {}} | {task: {key: row[i] for key, row in TABLE4.items()}
+                          for i, task in enumerate(("as2m", "as20k", "esc50", "ks1", "ks2", "er"))}
 
 # -----------------------------------------------------------------------------
 # labelled clips
@@ -126,7 +129,8 @@ def splits_of(pack, test_split="", fold="", valid_share=0.0):
         test = test_split or next((name for name in ("test", "eval") if name in names), None)
         valid = next((name for name in ("valid", "val", "validation", "dev") if name in names - {test}), None)
         if "train" not in names or test not in names:
-            raise UserError(f"{pack.path} has the splits {', '.join(sorted(names)) or '(none)'}; training needs train and test, or folds 1, 2, ...")
+            raise UserError(f"{pack.path} has the splits {', '.join(sorted(names)) or '(none)'}; training needs train and test, "
+                            "or folds 1, 2, ...")
         masks = {"": (split == "train", split == valid, split == test)}
     for train, valid, _ in masks.values():
         if valid_share and not valid.any():         # whole files, the same for every seed
@@ -153,8 +157,8 @@ def draw(train, targets, classes, balance, key):
         raise UserError(f"--balance unknown needs a class named unknown or _unknown_; the pack has {', '.join(classes[:40])}")
     lists = [train[clip[label == c]] for c in range(len(classes))]
     half = len(lists[unknown[0]]) // 2
-    return np.concatenate([clips if c == unknown[0] else np.append(np.tile(clips, half // len(clips)), rng.choice(clips, half % len(clips), replace=False))
-                           for c, clips in enumerate(lists) if len(clips)])
+    fill = lambda clips: np.append(np.tile(clips, half // len(clips)), rng.choice(clips, half % len(clips), replace=False))
+    return np.concatenate([clips if c == unknown[0] else fill(clips) for c, clips in enumerate(lists) if len(clips)])
 
 @torch.no_grad()
 def over_clips(pack, which, function, device, dtype="auto", text=""):
@@ -165,7 +169,8 @@ def over_clips(pack, which, function, device, dtype="auto", text=""):
     clips, index, rows = data.Clips([pack]), [], []
     batches = data.epoch_batches(clips.samples, 80 * data.SAMPLE_RATE, (0,), [which], shuffle=False)
     mine = [[(i,) for i in batch] for batch in batches[common.rank()::common.world()]]
-    for batch in tqdm(data.Loader(clips, mine), desc=text, unit="batch", leave=False, disable=True if common.rank() or not text else None):
+    for batch in tqdm(data.Loader(clips, mine), desc=text, unit="batch", leave=False,
+                      disable=True if common.rank() or not text else None):
         index.append(batch["clip"])
         batch = data.to_device(batch, device)
         with autocast(device, dtype):
@@ -192,7 +197,8 @@ def ranking(scores, truth):
     hits = np.cumsum(truth)[last]
     misses, new = last + 1 - hits, np.diff(hits, prepend=0)
     with np.errstate(invalid="ignore"):
-        return (new / hits[-1] * hits / (last + 1)).sum(), (np.diff(misses, prepend=0) / misses[-1] * (hits - new / 2) / hits[-1]).sum()
+        precision = (new / hits[-1] * hits / (last + 1)).sum()
+        return precision, (np.diff(misses, prepend=0) / misses[-1] * (hits - new / 2) / hits[-1]).sum()
 
 def score(scores, targets, multilabel):
     """Accuracy, or with several labels per clip mean average precision over the classes that occur. (n, K) each."""
@@ -209,18 +215,20 @@ def report(stem, pack, test, scores, targets, text=""):
     d_prime = lambda area: math.sqrt(2) * torch.special.ndtri(torch.tensor(area, dtype=torch.double)).item()
     table = np.array([ranking(s, t) for s, t in zip(scores.double().numpy().T, targets.long().numpy().T)])
     result = {} if several else dict(accuracy=score(scores, targets, False))
-    result |= dict(mAP=float(np.nanmean(table[:, 0])), d_prime=d_prime(float(np.nanmean(table[:, 1]))), classes_scored=int((~np.isnan(table[:, 0])).sum()),
-                   classes=len(pack.classes), clips=len(test))
+    result |= dict(mAP=float(np.nanmean(table[:, 0])), d_prime=d_prime(float(np.nanmean(table[:, 1]))),
+                   classes_scored=int((~np.isnan(table[:, 0])).sum()), classes=len(pack.classes), clips=len(test))
     common.Log(f"{stem}.jsonl")(text, **result)
     if common.rank() == 0:
         with open(pack.path / "clips.csv", newline="") as f:
             paths = np.array([row["path"] for row in csv.DictReader(f)])[pack.index["row"][test]]
-        np.savez_compressed(f"{stem}.npz", paths=paths, classes=np.array(pack.classes), targets=targets.numpy(), scores=scores.numpy())
+        np.savez_compressed(f"{stem}.npz", paths=paths, classes=np.array(pack.classes), targets=targets.numpy(),
+                            scores=scores.numpy())
         with open(f"{stem}.csv", "w", newline="") as f:
             out = csv.writer(f)
             out.writerow(["class", "clips", "average_precision", "auc", "d_prime", "recall"])       # recall: of the likeliest class
             recall = [(scores.argmax(1) == c)[targets[:, c]].double().mean().item() for c in range(len(table))]
-            out.writerows([name, int(targets[:, c].sum()), *table[c], d_prime(table[c, 1]), recall[c]] for c, name in enumerate(pack.classes))
+            out.writerows([name, int(targets[:, c].sum()), *table[c], d_prime(table[c, 1]), recall[c]]
+                          for c, name in enumerate(pack.classes))
     return result
 
 # -----------------------------------------------------------------------------
@@ -255,7 +263,8 @@ class Ensemble(nn.Module):
         return nn.utils.rnn.pad_sequence(clips, batch_first=True), torch.arange(T.max(), device=wav.device) < T[:, None]
 
 def open_encoder(init, model="tiny", info=None):
-    """--init: a checkpoint, ours or released; module:function, called for a torch module (wav -> tokens); "scratch"; several by commas."""
+    """--init: a checkpoint, ours or released; module:function, called for a torch module (wav -> tokens); "scratch";
+    several by commas."""
     if "," in init:
         return Ensemble([open_encoder(one, model, info) for one in init.split(",")])
     if init == "scratch":
@@ -266,7 +275,8 @@ def open_encoder(init, model="tiny", info=None):
         try:
             return Ensemble([getattr(importlib.import_module(module), function)()])
         except (ImportError, AttributeError) as error:
-            raise UserError(f"--init {init}: {error}; it has to be an importable module and a function in it that returns a torch module") from None
+            raise UserError(f"--init {init}: {error}; it has to be an importable module and a function in it that returns "
+                            "a torch module") from None
     encoder = load(init)
     return encoder.encoder if isinstance(encoder, Classifier) else encoder
 
@@ -315,7 +325,7 @@ def linear_probe(x, y, x_test, multilabel=False):
     return apply(fit_linear(x, y, penalty, multilabel), x_test)
 
 def mlp_probe(x, y, x_valid, y_valid, x_test, multilabel=False, seed=0):
-    """X-ARES 0.1.3's first track: LayerNorm and a linear layer, Adam, 10 epochs; the epoch that is best on valid scores the test."""
+    """X-ARES 0.1.3's first track: LayerNorm and a linear layer, Adam, 10 epochs; the one that is best on valid scores the test."""
     torch.manual_seed(42 + seed)
     model = nn.Sequential(nn.LayerNorm(x.shape[1]), nn.Linear(x.shape[1], y.shape[1]))
     optimizer, best = torch.optim.Adam(model.parameters()), -1.0
@@ -347,7 +357,8 @@ def probe(encoder, pack, device, dtype="auto"):
     """Mean score of a linear classifier on the frozen encoder's clip features, over the pack's folds."""
     splits, targets = splits_of(pack)
     x, several = extract(encoder, pack, np.arange(len(pack)), device, dtype), has_several(targets)
-    return float(np.mean([score(linear_probe(x[train], targets[train], x[test], several), targets[test], several) for train, _, test in splits.values()]))
+    return float(np.mean([score(linear_probe(x[train], targets[train], x[test], several), targets[test], several)
+                          for train, _, test in splits.values()]))
 
 # -----------------------------------------------------------------------------
 # fine-tuning
@@ -377,8 +388,9 @@ def spec_augment(x, frames, share, chance):
     size = torch.stack([frames, torch.full_like(frames, MELS)], 1)                      # (B, 2): frames, bins
     width = (chance[..., 0] * (share * size).round()).long()
     start = (chance[..., 1] * (size - width + 1)).long()
-    inside = lambda axis, n: ((place := torch.arange(n, device=x.device)) >= start[:, axis, None]) & (place < (start + width)[:, axis, None])
-    return x.masked_fill(inside(0, x.shape[1])[:, :, None] | inside(1, MELS)[:, None], 0)
+    frame, bin = torch.arange(x.shape[1], device=x.device), torch.arange(MELS, device=x.device)
+    inside = lambda place, axis: (place >= start[:, axis, None]) & (place < (start + width)[:, axis, None])
+    return x.masked_fill(inside(frame, 0)[:, :, None] | inside(bin, 1)[:, None], 0)
 
 def classification_loss(logits, targets, cfg):
     """Summed over clips. logits, targets: (B, K)"""
@@ -387,7 +399,8 @@ def classification_loss(logits, targets, cfg):
     return F.cross_entropy(logits, targets, label_smoothing=cfg.smoothing, reduction="sum")
 
 def lr_times(name, layers, cfg):
-    """What the learning rate of a parameter is multiplied by. BEiT's layers: 0 up to the position embeddings, block i is i + 1, head L + 1."""
+    """What the learning rate of a parameter is multiplied by. BEiT's layers: 0 up to the position embeddings, i + 1 is block i,
+    L + 1 the head."""
     head = name.startswith("head")
     layer = layers + 1 if head else int(name.split(".")[2]) + 1 if ".blocks." in name else 0
     return cfg.lr_decay**(layers + 1 - layer) * (cfg.head_lr if head else 1.0)
@@ -414,7 +427,8 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
             raise UserError(f"{path} was begun on other sounds than {pack.path} holds now; begin anew without --resume")
     cfg = dataclasses.replace(cfg, loss=("bce" if has_several(targets) else "ce") if cfg.loss == "auto" else cfg.loss)
     if cfg.best and not len(valid):
-        raise UserError(f"--best chooses on a valid split, and {pack.path} has none; add --valid_share 0.2 (the test clips would flatter)")
+        raise UserError(f"--best chooses on a valid split, and {pack.path} has none; add --valid_share 0.2 "
+                        "(the test clips would flatter)")
     if not 0 <= cfg.patchout < 1:
         raise UserError(f"--patchout {cfg.patchout}: a share, from 0 to below 1")
     if cfg.smoothing and cfg.loss == "bce":
@@ -426,7 +440,8 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     if isinstance(start, Ensemble):
         raise UserError(f"--init {cfg.init}: one encoder of ours can be fine-tuned; several, or others, can be probed: --probe mlp")
     stats = dict(fbank_mean=cfg.fbank_mean, fbank_std=cfg.fbank_std) if cfg.fbank_std else {}
-    encoder = Encoder(dataclasses.replace(start.cfg, dropout=cfg.dropout, attention_dropout=cfg.dropout, layerdrop=cfg.layerdrop, grad_decay=cfg.grad_decay, **stats))
+    encoder = Encoder(dataclasses.replace(start.cfg, dropout=cfg.dropout, attention_dropout=cfg.dropout, layerdrop=cfg.layerdrop,
+                                          grad_decay=cfg.grad_decay, **stats))
     encoder.load_state_dict(start.state_dict())
     encoder.recompute = cfg.recompute
     model = Classifier(encoder, pack.classes, multilabel=cfg.loss == "bce").to(device).train()
@@ -443,7 +458,8 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
         common.keep_old(best_path)
     ddp = common.wrap(model, device, cfg.compile)
     clips = data.Clips([pack])
-    log(f"{stem}: {len(train)} clips to train on, {len(valid)} to choose by, {len(test)} to test, {len(pack.classes)} classes, {cfg.loss}, from {cfg.init}")
+    log(f"{stem}: {len(train)} clips to train on, {len(valid)} to choose by, {len(test)} to test, {len(pack.classes)} classes, "
+        f"{cfg.loss}, from {cfg.init}")
 
     # training
     def plan(epoch):
@@ -458,7 +474,8 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
     save = lambda path: common.save_checkpoint(path, kind="classifier", encoder=dataclasses.asdict(encoder.cfg), labels=pack.classes,
         multilabel=model.multilabel, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, place=place,
         config=dataclasses.asdict(cfg), best=best, pack=pack.info["id"])
-    for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="fine-tune", disable=True if rank else None):
+    for step in tqdm(range(step, cfg.max_steps), initial=step, total=cfg.max_steps, desc="fine-tune",
+                     disable=True if rank else None):
         common.seed_step(cfg.seed, step)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         lr = common.lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps, "cosine")
@@ -468,8 +485,9 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
         truth = targets[batch["clip"]].float().to(device)
         batch = data.to_device(batch, device)
         wav, lengths, truth = augment(batch, truth, cfg, generator)
-        chance = torch.rand(len(wav), 2, 2, generator=generator).to(device)             # of SpecAug, the same for any split into parts
-        noise = F.pad(batch["noise"], (0, num_tokens(max(wav.shape[1], MIN_SAMPLES)) - batch["noise"].shape[1]))        # of patchout, the same on any rank
+        # of SpecAug, the same for any split into parts; of patchout, the same on any rank
+        chance = torch.rand(len(wav), 2, 2, generator=generator).to(device)
+        noise = F.pad(batch["noise"], (0, num_tokens(max(wav.shape[1], MIN_SAMPLES)) - batch["noise"].shape[1]))
         size = max(1, int(cfg.device_seconds * data.SAMPLE_RATE // wav.shape[1])) if cfg.device_seconds else len(wav)
         parts = list(zip(wav.split(size), lengths.split(size), truth.split(size), chance.split(size), noise.split(size)))
         count = all_sum(torch.tensor(float(len(wav)), device=device))
@@ -478,7 +496,8 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
             x = encoder.normalise(fbank(wav))
             if cfg.spec_augment:
                 x = spec_augment(x, 1 + (lengths - FRAME) // HOP, cfg.spec_augment, chance)
-            inputs = patchify(x), None if batch["full"] else real, random_mask(noise, real, cfg.patchout)[0] if cfg.patchout else None
+            keep = random_mask(noise, real, cfg.patchout)[0] if cfg.patchout else None
+            inputs = patchify(x), None if batch["full"] else real, keep
             if not flops:                                                           # the backward pass costs twice the forward
                 with torch.no_grad(), autocast(device, cfg.dtype):
                     flops = 3 * common.flops_of(lambda: model.eval().forward(*inputs)) / (wav.numel() / data.SAMPLE_RATE)
@@ -488,7 +507,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
                     logits = ddp(*inputs)
                 loss = classification_loss(logits.float(), truth, cfg)
                 (loss * world / count).backward()                               # DDP divides by world
-            window += torch.stack([loss.detach(), (logits.argmax(1) == truth.argmax(1)).sum(), torch.tensor(len(wav), device=device)])
+            window += torch.stack([loss.detach(), (logits.argmax(1) == truth.argmax(1)).sum(), loss.new_tensor(len(wav))])
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -542,10 +561,12 @@ def main(**flags):
     if set(probes) - {"linear", "mlp", "knn", "knn_xares"}:
         raise UserError(f"--probe {cfg.probe}: choose of linear, mlp, knn, knn_xares")
     if cfg.ensemble and len(splits) > 1 and "{fold}" not in cfg.ensemble:
-        raise UserError("--ensemble: every fold has models of its own; write {fold} in their names, as in out/finetune_x_fold{fold}.pt, or choose one --fold")
+        raise UserError("--ensemble: every fold has models of its own; write {fold} in their names, as in "
+                        "out/finetune_x_fold{fold}.pt, or choose one --fold")
     if probes and not cfg.ensemble:
         torch.manual_seed(cfg.seed)
-        x = extract(open_encoder(cfg.init, cfg.model, pack.info).to(device), pack, np.arange(len(pack)), device, cfg.dtype, cfg.layers)
+        encoder = open_encoder(cfg.init, cfg.model, pack.info).to(device)
+        x = extract(encoder, pack, np.arange(len(pack)), device, cfg.dtype, cfg.layers)
     results = {}            # what was tested -> {fold: metrics}
     for k, (train, valid, test) in splits.items():
         fold = f"_fold{k}" if k else ""
@@ -557,21 +578,25 @@ def main(**flags):
                 member = load(path.replace("{fold}", k)).to(device)
                 if not isinstance(member, Classifier) or set(pack.classes) - set(member.labels):
                     raise UserError(f"--ensemble {path}: not a classifier of the classes of {pack.path}")
-                found[path] = probabilities(member, pack, test, cfg, device, path)[:, [member.labels.index(c) for c in pack.classes]]
+                place = [member.labels.index(c) for c in pack.classes]
+                found[path] = probabilities(member, pack, test, cfg, device, path)[:, place]
             found["their mean"] = torch.stack(list(found.values())).mean(0)
         elif probes:
             chosen = valid if len(valid) else test      # X-ARES's folds
             clips = x[train], targets[train]
-            fit = dict(linear=lambda: linear_probe(*clips, x[test], several), knn=lambda: knn_probe(*clips, x[test]),
-                       mlp=lambda: mlp_probe(*clips, x[chosen], targets[chosen], x[test], several, cfg.seed), knn_xares=lambda: knn_probe(*clips, x[test], xares=True))
+            fit = dict(linear=lambda: linear_probe(*clips, x[test], several),
+                       mlp=lambda: mlp_probe(*clips, x[chosen], targets[chosen], x[test], several, cfg.seed),
+                       knn=lambda: knn_probe(*clips, x[test]), knn_xares=lambda: knn_probe(*clips, x[test], xares=True))
             found = {kind: fit[kind]() for kind in probes}
         for kind in files.values():
             common.keep_old(f"{stem(kind)}.pt")
         if not files:
             found, files = {"": finetune(cfg, flags, pack, k, stem("finetune"), (train, valid, test), targets)}, {"": "finetune"}
         for label, scores in found.items():
-            values = report(stem(files[label]), pack, test, scores, targets, f"{cfg.data}{f' fold {k}' if k else ''}") if label in files else {
-                measure: score(scores, targets[test], several)}
+            if label in files:
+                values = report(stem(files[label]), pack, test, scores, targets, f"{cfg.data}{f' fold {k}' if k else ''}")
+            else:                                       # a member of an ensemble
+                values = {measure: score(scores, targets[test], several)}
             results.setdefault(label, {})[k] = values[measure]
     if rank == 0:
         mlp_note = " (epochs chosen on the test clips, as X-ARES does; --valid_share 0.2 is strict)"

@@ -32,7 +32,8 @@ def sound_files(paths, out):
     return found
 
 def for_each_sound(paths, out, window, hop, use):
-    """use(path, wav (W, n), lengths, starts in seconds, target .npy path) for the windows of each file; bad files are named and left out."""
+    """use(path, wav (W, n), lengths, starts in seconds, target .npy path) for the windows of each file;
+    bad files are named and left out."""
     files, bad = sound_files(paths, out), 0
     for path, target in tqdm(files, unit="file", disable=None if len(files) > 1 else True):
         try:
@@ -58,7 +59,8 @@ def main(argv=None):
     parser.add_argument("--pool", action="store_true", help="mean over time instead of all tokens")
     parser.add_argument("--layer", type=int, help="output of this block instead of the last; 0 = the first one's input")
     parser.add_argument("--window", type=float, default=10.0, help="longer recordings are cut into windows of these seconds [10]")
-    parser.add_argument("--hop", type=float, help="seconds from one window to the next [half a window for classes, a window for features]")
+    parser.add_argument("--hop", type=float,
+                        help="seconds from one window to the next [half a window for classes, a window for features]")
     parser.add_argument("--per_window", action="store_true", help="one result per window instead of their mean")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)

@@ -3,7 +3,8 @@ Other implementations, to be timed beside ours by bench.py --peer: nothing here 
 
     pip install openbeats                                       # --peer openbeats: its encoder
     pip install --no-deps --ignore-requires-python espnet       # --peer espnet: encoder and pre-training step (and what it then misses)
-    pip install --no-deps torchaudio                            # --peer torchaudio: filter bank, one clip after the other, as both of them do
+    pip install --no-deps torchaudio                            # --peer torchaudio: filter bank, one clip after the other,
+                                                                # as both of them do
     pip install kaldi-native-fbank                              # --peer kaldi: its filter bank, 80 bins, for it refuses 128
 
 Each function takes our encoder and bench.py's batch and returns {name of our piece: theirs, a function that does the same work}.
@@ -28,7 +29,8 @@ def with_our_weights(peer, encoder, wav, lengths, dtype):
             return peer(wav, lengths)[0]
     with torch.no_grad(), autocast(wav.device, dtype):
         ours = encoder.features(wav, lengths)[0]
-        print(f"{type(peer).__module__}: largest difference from our output {(forward() - ours).abs().max():.2g}, outputs reach {ours.abs().max():.2g}")
+        print(f"{type(peer).__module__}: largest difference from our output {(forward() - ours).abs().max():.2g}, "
+              f"outputs reach {ours.abs().max():.2g}")
     return dict(encoder=forward)
 
 def openbeats(encoder, wav, lengths, dtype):
@@ -45,7 +47,8 @@ def espnet(encoder, wav, lengths, dtype):
     settings = encoder_to_official(encoder)[0] | dict(use_flash_attn=False, codebook_vocab_size=1024, decoder_layers=3,
         decoder_embed_dim=cfg.dim, decoder_attention_heads=cfg.heads, layer_wise_gradient_decay_ratio=1.0)
     stats = dict(fbank_mean=cfg.fbank_mean, fbank_std=cfg.fbank_std)
-    pieces = with_our_weights(BeatsEncoder(input_size=1, beats_config=settings, is_pretraining=False, **stats), encoder, wav, lengths, dtype)
+    pieces = with_our_weights(BeatsEncoder(input_size=1, beats_config=settings, is_pretraining=False, **stats),
+                              encoder, wav, lengths, dtype)
     model = BeatsPretrainModel(encoder=BeatsEncoder(input_size=1, beats_config=settings, is_pretraining=True, **stats),
                                decoder=BeatsPretrainingPredictor(beats_config=settings), ignore_id=-2, label_smoothing=0.1,
                                waveform_input=False).to(wav.device).train()

@@ -56,7 +56,8 @@ def from_csv(table, root=None, columns=None, keep=None, class_file=None):
             raise UserError(f"{table}: no column named {name}; its header is {header}")
     found = {key: next((n for n in options if n in header), None) for key, options in names.items()} | (columns or {})
     if found["path"] is None:
-        raise UserError(f"{table}: no column named {', '.join(names['path'])}; its header is {header} (commas separate); try --path_column NAME")
+        raise UserError(f"{table}: no column named {', '.join(names['path'])}; its header is {header} (commas separate); "
+                        "try --path_column NAME")
     place = {key: header.index(name) for key, name in found.items() if name}
     root = Path(root or Path(table).parent)
     rows, seen, classes = [], set(), read_classes(class_file)[0] if class_file else None
@@ -114,17 +115,19 @@ def from_esc50(root):
     """ESC-50 (Piczak 2015): audio/ and meta/esc50.csv; five folds, classes in the order of `target`, group = source recording."""
     root = next((r for r in (Path(root), Path(root, "ESC-50-master")) if (r / "meta/esc50.csv").exists()), None) or Path(root)
     lines = [line for _, line in read_table(root / "meta/esc50.csv")]
-    if not lines or lines[0][:4] != ["filename", "fold", "target", "category"] or not all(len(line) > 3 and line[2].isdigit() for line in lines[1:]):
+    if (not lines or lines[0][:4] != ["filename", "fold", "target", "category"]
+            or not all(len(line) > 3 and line[2].isdigit() for line in lines[1:])):
         raise UserError(f"{root / 'meta/esc50.csv'}: not ESC-50's table, filename,fold,target,category,...")
     name_of = {int(line[2]): line[3] for line in lines[1:]}
-    rows = [row_of(root / "audio" / line[0], root, [line[3]], split=line[1], group=line[5] if len(line) > 5 else "") for line in lines[1:]]
+    rows = [row_of(root / "audio" / line[0], root, [line[3]], split=line[1], group=line[5] if len(line) > 5 else "")
+            for line in lines[1:]]
     return rows, [name_of[target] for target in sorted(name_of)]
 
 def from_audioset(root, tables, class_csv):
     """AudioSet (Gemmeke et al. 2017). tables: {split: [paths]} of *_segments.csv or of AST's json; class_csv: class_labels_indices.csv.
 
-    Files are looked for anywhere below root, named as downloaders name them: ID, YID, ID_START or ID_START_END, with times as 30.000, 30.0, 30
-    or 30000 (milliseconds). Classes are the display names in the order of their index.
+    Files are looked for anywhere below root, named as downloaders name them: ID, YID, ID_START or ID_START_END, with times as
+    30.000, 30.0, 30 or 30000 (milliseconds). Classes are the display names in the order of their index.
     """
     classes, name_of = read_classes(class_csv)
     files, rows, seen = {}, [], {}
@@ -135,7 +138,8 @@ def from_audioset(root, tables, class_csv):
             for number, name, start, end, labels in (ast_items if str(table).endswith(".json") else segments)(table):
                 times = [(form(start), form(end)) for form in (lambda s: f"_{s:.3f}", lambda s: f"_{s:.1f}",
                                                                          lambda s: f"_{s:g}", lambda s: f"_{round(1000 * s)}")]
-                stems = [y + name + tail for tail in ["", *(tail for first, last in times for tail in (first, first + last))] for y in ("", "Y")]
+                stems = [y + name + tail for tail in ["", *(tail for first, last in times for tail in (first, first + last))]
+                         for y in ("", "Y")]
                 file, *more = next((files[stem] for stem in stems if stem in files), [None])
                 if more:
                     raise UserError(f"{file} and {more[0]} have one name: which is {name}? Move one of them away")
@@ -147,7 +151,8 @@ def from_audioset(root, tables, class_csv):
                     raise UserError(f"{table}, line {number}: label {unknown[0]!r} is not in {class_csv}")
                 row = row_of(file or Path(root, name), root, [name_of[label] for label in labels], split, group=name)
                 if name.startswith("#"):
-                    row |= dict(path=f"{table}:{number}", problem=f"{table}, line {number}: {name} is no YouTube id (a spreadsheet has been here)")
+                    row |= dict(path=f"{table}:{number}",
+                                problem=f"{table}, line {number}: {name} is no YouTube id (a spreadsheet has been here)")
                 elif file is None:
                     row["problem"] = f"{table}, line {number}: no file for {name} below {root}"
                 rows.append(row)
@@ -159,13 +164,15 @@ def segments(table):
         try:
             name, start, end, labels = line[0], float(line[1]), float(line[2]), line[3].split(",")
         except (IndexError, ValueError):
-            raise UserError(f"{table}, line {number}: wants YTID, start_seconds, end_seconds, \"labels\", not {','.join(line)}") from None
+            raise UserError(f"{table}, line {number}: wants YTID, start_seconds, end_seconds, \"labels\", "
+                            f"not {','.join(line)}") from None
         if not 0 <= start < end:
             raise UserError(f"{table}, line {number}: a clip cannot go from {start} s to {end} s")
         yield number, name, start, end, labels
 
 def ast_items(table):
-    """AST's {"data": [{"wav": path, "labels": "mid,mid"}]}, with or without a leading # line -> like segments(), name = stem of the path."""
+    """AST's {"data": [{"wav": path, "labels": "mid,mid"}]}, with or without a leading # line -> like segments(),
+    name = stem of the path."""
     try:
         text = "".join(line for line in Path(table).read_text().splitlines(True) if not line.startswith("#"))
         items = [(Path(item["wav"]).stem, item["labels"].split(",")) for item in json.loads(text)["data"]]
@@ -179,8 +186,9 @@ KS1_WORDS = "yes no up down left right on off stop go".split()
 def from_speechcommands(root, version=2, test_root=None):
     """Speech Commands (Warden 2018). Version 2: 35 words, split by the archive's lists (KS2).
 
-    Version 1: SUPERB's 12 classes (KS1): ten words, _unknown_, and _silence_ in pieces of 1 s of the noise files, in train and valid alike;
-    train and valid by the hash of the speaker, whose 10 to 20 % go to nobody; test is an archive of its own, test_root.
+    Version 1: SUPERB's 12 classes (KS1): ten words, _unknown_, and _silence_ in pieces of 1 s of the noise files, in train and
+    valid alike; train and valid by the hash of the speaker, whose 10 to 20 % go to nobody; test is an archive of its own,
+    test_root.
     """
     root, rows = Path(root), []
     words = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "_"))) if root.is_dir() else []
@@ -197,15 +205,18 @@ def from_speechcommands(root, version=2, test_root=None):
                 raise UserError(f"{root / name}: no such file; it comes with the archive of version 0.02") from None
         for word in words:
             rows += [row_of(p, root, [word], listed.pop(f"{word}/{p.name}", "train"), speaker(p.name)) for p in wavs(root / word)]
-        rows += [row_of(root / name, root, [], split, problem=f"{root / name}: listed for {split}, and not there") for name, split in listed.items()]
+        rows += [row_of(root / name, root, [], split, problem=f"{root / name}: listed for {split}, and not there")
+                 for name, split in listed.items()]
         return rows, words
     if test_root is None or not Path(test_root).is_dir():
-        raise UserError(f"--test_root {test_root}: version 1 is tested on an archive of its own, speech_commands_test_set_v0.01; name its folder")
+        raise UserError(f"--test_root {test_root}: version 1 is tested on an archive of its own, speech_commands_test_set_v0.01; "
+                        "name its folder")
     for word in words:
         for p in wavs(root / word):
             percent = int(hashlib.sha1(speaker(p.name).encode()).hexdigest(), 16) % 2**27 * 100 / (2**27 - 1)
             if not 10 <= percent < 20:
-                rows.append(row_of(p, root, [word if word in KS1_WORDS else "_unknown_"], "valid" if percent < 10 else "train", speaker(p.name)))
+                rows.append(row_of(p, root, [word if word in KS1_WORDS else "_unknown_"], "valid" if percent < 10 else "train",
+                                   speaker(p.name)))
     for split in ("train", "valid"):
         rows += [row_of(p, root, ["_silence_"], split, p.stem, max_seconds=1.0) for p in wavs(root / "_background_noise_")]
     classes = KS1_WORDS + ["_unknown_", "_silence_"]
@@ -218,7 +229,8 @@ def from_speechcommands(root, version=2, test_root=None):
     return rows, classes
 
 def from_iemocap(root):
-    """IEMOCAP (Busso et al. 2008) as SUPERB uses it: neu, hap (with exc), ang, sad; improvised and scripted; fold = session, group = speaker."""
+    """IEMOCAP (Busso et al. 2008) as SUPERB uses it: neu, hap (with exc), ang, sad; improvised and scripted;
+    fold = session, group = speaker."""
     root = next((r for r in (Path(root), Path(root, "IEMOCAP_full_release")) if (r / "Session1").is_dir()), None)
     if root is None:
         raise UserError("no Session1 ... Session5 in the folder given; name the one that holds them (IEMOCAP_full_release)")

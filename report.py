@@ -174,8 +174,10 @@ def with_baselines(names, loaded, pack, outside, device):
     K = next((tok.n_codes for tok in loaded.values()), 1024)
     if len(loaded) < len(names):
         chosen = np.sort(np.random.default_rng(0).permutation(outside)[:400])
-        batches = [data.pad_batch([pack.audio(i) / np.float32(32768) for i in part]) for part in np.array_split(chosen, -(-len(chosen) // 16))]
-        make = dict(zip(BASELINES, (RandomProjectionTokenizer, functools.partial(RandomProjectionTokenizer, smooth=False), KMeansTokenizer)))
+        batches = [data.pad_batch([pack.audio(i) / np.float32(32768) for i in part])
+                   for part in np.array_split(chosen, -(-len(chosen) // 16))]
+        make = dict(zip(BASELINES, (RandomProjectionTokenizer, functools.partial(RandomProjectionTokenizer, smooth=False),
+                                    KMeansTokenizer)))
         loaded |= {name: make[name](K).fit_(batches) for name in names if name in BASELINES}
     paths, stems = {name: Path(name) for name in names}, [Path(name).stem for name in names]
     short = lambda p: p.stem if stems.count(p.stem) == 1 else f"{p.parent.name}/{p.stem}"
@@ -353,7 +355,8 @@ def figure(path, toks, sources, chosen, clean, device, called, condition, copies
         ax.spines[:].set(color="0.75", linewidth=0.8)
     for ax in list(axes.flat)[len(vectors):]:
         ax.axis("off")
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8, handletextpad=0.2)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8,
+               handletextpad=0.2)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=200)
     plt.close(fig)
@@ -367,7 +370,8 @@ def show(result):
     width = [max(16, len(name)) for name in names]
     def cell(name, key):
         x = result["tokenizers"][name].get(key)
-        text = "-" if x is None else f"{x}" if isinstance(x, int) else f"{x:.3f}" if isinstance(x, float) else f"{x[0]:.3f} ±{(x[2] - x[1]) / 2:.3f}"
+        text = ("-" if x is None else f"{x}" if isinstance(x, int) else f"{x:.3f}" if isinstance(x, float)
+                else f"{x[0]:.3f} ±{(x[2] - x[1]) / 2:.3f}")
         low, high = result["against_first"].get(name, {}).get(key, (-1, 1))
         return text + (" " if low <= 0 <= high else "+" if low > 0 else "-")
     print(f"\n{'':24}" + "".join(f"  {name:>{n}} " for name, n in zip(names, width)))
@@ -395,7 +399,8 @@ def main(argv=None):
     conditions = [c for c in args.conditions.split(",") if c]
     for condition in [*conditions, args.figure_condition]:
         if not re.fullmatch(r"(reverb|gain|noise-?\d+)(\+(reverb|gain|noise-?\d+))*", condition):
-            raise UserError(f"{condition!r} is no condition; there are reverb, gain, noise<dB> as noise10, and several joined as reverb+noise10")
+            raise UserError(f"{condition!r} is no condition; there are reverb, gain, noise<dB> as noise10, "
+                            "and several joined as reverb+noise10")
     if args.figure:
         for package in ("matplotlib", "sklearn"):       # before the work, not after it
             need(package)
@@ -423,11 +428,13 @@ def main(argv=None):
     found = {"log-mel": {f"retrieval, {condition}": float(np.mean([retrieval(vectors["log-mel"][v], vectors["log-mel"][0], np.arange(C))
              for v, version in enumerate(versions) if version[0] == condition])) for condition in conditions}}
     for name, tok in tqdm(toks.items(), desc="measuring", unit="tokenizer", disable=None):
-        found[name] = measure(codes[name], vectors[name], code_vectors(tok).cpu().numpy(), versions, partner, [labels[i] for i in chosen],
-                              weights, np.random.default_rng(args.seed))
+        found[name] = measure(codes[name], vectors[name], code_vectors(tok).cpu().numpy(), versions, partner,
+                              [labels[i] for i in chosen], weights, np.random.default_rng(args.seed))
     first = next(iter(toks))
-    result = dict(data=args.data, split=args.split, clips=C, patches=int((codes[first][0] >= 0).sum()), draws=args.draws, bootstraps=args.bootstraps,
-        tokenizers={name: {key: interval(x) if isinstance(x, np.ndarray) else x for key, x in found[name].items()} for name in [*toks, "log-mel"]},
+    result = dict(data=args.data, split=args.split, clips=C, patches=int((codes[first][0] >= 0).sum()),
+        draws=args.draws, bootstraps=args.bootstraps,
+        tokenizers={name: {key: interval(x) if isinstance(x, np.ndarray) else x for key, x in found[name].items()}
+                    for name in [*toks, "log-mel"]},
         against_first={name: {key: interval(x - found[first][key])[1:] for key, x in found[name].items() if isinstance(x, np.ndarray)}
                        for name in toks if name != first})
     if args.figure:
@@ -435,8 +442,9 @@ def main(argv=None):
         result["figure"] = figure(args.figure, toks, sources, chosen, {name: x[0] for name, x in vectors.items()}, device, called,
                                   args.figure_condition, args.figure_copies, args.seed)
     show(result)
-    print(f"\n{C} clips{' of split ' + args.split if args.split else ''} of {args.data}, {result['patches']} patches that are not silence, "
-          f"{args.draws} draws. ±: 95 %, {args.bootstraps} bootstraps of clips; + and -: above and below {first}, by the same bootstraps")
+    print(f"\n{C} clips{' of split ' + args.split if args.split else ''} of {args.data}, {result['patches']} patches "
+          f"that are not silence, {args.draws} draws. ±: 95 %, {args.bootstraps} bootstraps of clips; "
+          f"+ and -: above and below {first}, by the same bootstraps")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=1))

@@ -182,8 +182,9 @@ def moments(x):
     return all_sum(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)), all_sum(x.sum(0)), all_sum(x.T @ x)
 
 def whitening(n, total, products, share=0.95, least=32):
-    """From moments: mean (D,), matrix (D, D) float32. (x - mean) @ matrix are principal components of unit variance, largest first; those
-    that hold this share of the variance, at least so many, and zeros beyond: what little the others say is mostly noise."""
+    """From moments: mean (D,), matrix (D, D) float32. (x - mean) @ matrix are principal components of unit variance,
+    largest first; those that hold this share of the variance, at least so many, and zeros beyond: what little the others say
+    is mostly noise."""
     n = n.clamp(min=1)
     mean = total / n
     values, vectors = torch.linalg.eigh(products / n - mean[:, None] * mean)
@@ -270,7 +271,8 @@ def load_tokenizer(path):
         # written once or never, read never; kept for export
         tok.released = {k: rest.pop(k) for k in ("quantize.embedding.embed_avg", "quantize.embedding.cluster_size") if k in rest}
         try:
-            tok.quantize_layer.load_state_dict({k[len("quantize_layer."):]: rest.pop(k) for k in list(rest) if k.startswith("quantize_layer.")})
+            tok.quantize_layer.load_state_dict({k[len("quantize_layer."):]: rest.pop(k) for k in list(rest)
+                                                if k.startswith("quantize_layer.")})
         except RuntimeError as error:
             raise CheckpointError(f"{path}: {error}") from None
         if rest:
@@ -320,8 +322,8 @@ def token_id(tok, pack) -> str:
 def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
     """(tokens, offsets): data.Numbers of every clip's tokens end to end, uint16, and where each clip's begin (clips + 1,).
 
-    Read from tokens-<id>.bin beside the pack, or computed there by all ranks. Until it is whole the file is called .partial, and a token
-    that is still to be computed is 65535: a job that was killed, or runs beside another, does what is left.
+    Read from tokens-<id>.bin beside the pack, or computed there by all ranks. Until it is whole the file is called .partial,
+    and a token that is still to be computed is 65535: a job that was killed, or runs beside another, does what is left.
     """
     offsets = token_offsets(pack)
     path = pack.path / f"tokens-{token_id(tok, pack)}.bin"
@@ -348,9 +350,11 @@ def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
                     todo = np.flatnonzero(np.maximum.reduceat(np.memmap(f, "<u2", "r"), offsets[:-1]) == 65535)
                     if not all_sum(torch.tensor(float(len(todo)), device=device)).item():   # no rank writes before all have looked
                         break
-                    batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), [todo], shuffle=False)[rank()::world()]
+                    batches = data.epoch_batches(clips.samples, batch_seconds * data.SAMPLE_RATE, (0,), [todo],
+                                                 shuffle=False)[rank()::world()]
                     items = [[(i,) for i in batch.tolist()] for batch in batches]
-                    for batch in tqdm(data.Loader(clips, items, 1), desc=f"tokenizing {pack.path.name}", unit="batch", disable=True if rank() else None):
+                    for batch in tqdm(data.Loader(clips, items, 1), desc=f"tokenizing {pack.path.name}", unit="batch",
+                                      disable=True if rank() else None):
                         batch = data.to_device(batch, device)
                         with autocast(device, dtype):
                             codes = tok.encode(batch["wav"], batch["lengths"]).cpu().numpy()
@@ -363,7 +367,8 @@ def cached_tokens(tok, pack, device, batch_seconds=200.0, dtype="float32"):
                     os.replace(partial, path)
             barrier()
         except OSError as error:
-            raise UserError(f"{partial}: {error.strerror}; tokens are kept beside the audio of a pack, in a folder that all ranks share and can write to") from None
+            raise UserError(f"{partial}: {error.strerror}; tokens are kept beside the audio of a pack, "
+                            "in a folder that all ranks share and can write to") from None
     try:
         return data.Numbers(path, "<u2", offsets[-1]), offsets
     except UserError as error:

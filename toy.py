@@ -56,7 +56,8 @@ def toy_clip(rng, kind, seconds=3.0):
         cycles, x = wrapped(f0), np.zeros(length, np.float32)
         formants = [rng.uniform(300, 900), rng.uniform(900, 2300), rng.uniform(2300, 3200)]
         for h in range(1, 25):
-            x += sine(np.float32(h) * cycles) * sum(np.exp(-((h * f0[::160] - f) / 150)**2) for f in formants).astype(np.float32).repeat(160)
+            x += sine(np.float32(h) * cycles) * sum(np.exp(-((h * f0[::160] - f) / 150)**2)
+                                                    for f in formants).astype(np.float32).repeat(160)
         x = x * (sine(rng.uniform(1.5, 3) * t) > rng.uniform(-0.7, 0))
     else:                                               # bursts of band-passed noise
         x = coloured(rng, length, pitch * 2) * sine(t * rng.uniform(0.5, 2))**2
@@ -72,6 +73,7 @@ def coloured(rng, n, centre, x=None, width=0.7):
     """x (white noise if None) through a random smooth equaliser, or a band around centre Hz; unit level. float32"""
     spectrum = np.fft.rfft(rng.standard_normal(n, np.float32) if x is None else x)
     octaves = np.log2(np.linspace(0, SAMPLE_RATE / 2, n // 2 + 1, dtype=np.float32).clip(20) / np.float32(centre or 1))
-    gain = np.exp(-0.5 * (octaves / np.float32(width))**2) if centre else 10**(np.interp(octaves, np.linspace(4, 13, 8), rng.uniform(-10, 10, 8)) / 20)
+    gain = (np.exp(-0.5 * (octaves / np.float32(width))**2) if centre
+            else 10**(np.interp(octaves, np.linspace(4, 13, 8), rng.uniform(-10, 10, 8)) / 20))
     x = np.fft.irfft(spectrum * gain.astype(np.float32), n)
     return x / (np.sqrt((x**2).mean()) + np.float32(1e-9))

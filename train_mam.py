@@ -28,7 +28,8 @@ import common
 import data
 import finetune
 from common import UserError, all_sum, autocast
-from model import BANDS, PRESETS, Classifier, Encoder, EncoderConfig, MaskedAudioModel, fbank, load, patchify, random_mask, valid_tokens
+from model import (BANDS, PRESETS, Classifier, Encoder, EncoderConfig, MaskedAudioModel, fbank, load, patchify, random_mask,
+                   valid_tokens)
 from tokenizer import RandomProjectionTokenizer, cached_tokens, code_use, is_silent, load_tokenizer, tokenizer_hash, tokenizer_state
 
 @dataclass
@@ -112,13 +113,14 @@ def main(**flags):
     common.barrier()
     packs, weights = data.open_packs(cfg.data or f"{cfg.out_dir}/toy")
     if ckpt and ckpt["packs"] != [pack.info["id"] for pack in packs]:
-        raise UserError(f"{path} was begun on other sounds than those of --data {cfg.data or 'toy'}; resume on the same packs, or begin anew with --init {path}")
+        raise UserError(f"{path} was begun on other sounds than those of --data {cfg.data or 'toy'}; resume on the same packs, "
+                        f"or begin anew with --init {path}")
     rows = round(cfg.crop_seconds * data.SAMPLE_RATE / data.ROW)
     crop = rows * data.ROW + data.FRAME - data.HOP if rows else 0
     train, valid = data.hold_out(packs, seed=cfg.seed)
     clips = data.Clips(packs, crop)
-    plan = lambda epoch: data.epoch_batches(clips.samples, cfg.batch_seconds * data.SAMPLE_RATE * (crop / (rows * data.ROW) if rows else 1),
-                                            (cfg.seed, epoch), train, weights, multiple=world)
+    batch_samples = cfg.batch_seconds * data.SAMPLE_RATE * (crop / (rows * data.ROW) if rows else 1)
+    plan = lambda epoch: data.epoch_batches(clips.samples, batch_samples, (cfg.seed, epoch), train, weights, multiple=world)
     fixed = lambda *args: data.fixed_batches(clips, args[0], min(cfg.batch_seconds, 100.0 * world), cfg.seed, *args[1:])
     mine = slice(rank, None, world)
 
@@ -136,7 +138,8 @@ def main(**flags):
                         + (f" --data {cfg.data}" if cfg.data else ""))
     tokenizer = load_tokenizer(tokenizer_path).to(device)
     if ckpt and ckpt["tokenizer"] != tokenizer_hash(tokenizer):
-        raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with; put that one back, or name it with --tokenizer")
+        raise UserError(f"{tokenizer_path} is not the tokenizer that {path} was trained with; put that one back, "
+                        "or name it with --tokenizer")
     if not isinstance(tokenizer, RandomProjectionTokenizer):        # a projection is cheap, an encoder is not
         clips.tokens, clips.align = [cached_tokens(tokenizer, pack, device) for pack in packs], data.ROW
 
@@ -150,7 +153,8 @@ def main(**flags):
         shape = dataclasses.asdict(PRESETS[cfg.model]) | dict(fbank_mean=float(stats[0]), fbank_std=float(stats[1]))
         encoder = Encoder(EncoderConfig(**(ckpt["encoder"] if ckpt else shape)))
     blocks, width = (2, 128) if cfg.model == "tiny" and not cfg.init else (3, 0)
-    model = MaskedAudioModel(encoder, tokenizer.n_codes, cfg.predictor_blocks or blocks, cfg.predictor_dim or width, cfg.predictor_heads).to(device)
+    model = MaskedAudioModel(encoder, tokenizer.n_codes, cfg.predictor_blocks or blocks, cfg.predictor_dim or width,
+                             cfg.predictor_heads).to(device)
     encoder.recompute = cfg.recompute
     optimizer = common.make_optimizer(model, cfg.lr, cfg.weight_decay)
     step, place, before = 0, (0, 0), None
@@ -183,12 +187,14 @@ def main(**flags):
     flops, rate = 0.0, 1.0                      # of a second of audio: the backward pass costs twice the forward; of all devices
     if rank == 0:
         with torch.no_grad(), autocast(device, cfg.dtype):
-            flops = 3 * common.flops_of(lambda: loss_and_correct(model.forward, inputs, targets)) / (batch["wav"].numel() / data.SAMPLE_RATE)
+            flops = 3 * common.flops_of(lambda: loss_and_correct(model.forward, inputs, targets))
+        flops /= batch["wav"].numel() / data.SAMPLE_RATE
         rate = common.matrix_rate(device, cfg.dtype) * world
 
     # training
     if ckpt and (ckpt["world"], ckpt["config"]["batch_seconds"]) != (world, cfg.batch_seconds):
-        log("other ranks or batches than before: the rest of this epoch is dealt out anew, so some clips come twice and some not at all")
+        log("other ranks or batches than before: the rest of this epoch is dealt out anew, so some clips come twice and some "
+            "not at all")
     valid_batches = fixed(valid, None, 1, mine)
     stream = data.Stream(plan, cfg.seed, place, rank, world)
     batches = iter(data.Loader(clips, stream, cfg.workers))
@@ -243,7 +249,8 @@ def main(**flags):
     if probe_pack:
         before = before if before is not None else math.nan
         result |= dict(probe_before=before, probe_after=finetune.probe(model.encoder, probe_pack, device, cfg.dtype))
-        log(f"frozen linear probe on {probe_pack.path}: {100 * before:.1f} % before pre-training, {100 * result['probe_after']:.1f} % after")
+        log(f"frozen linear probe on {probe_pack.path}: {100 * before:.1f} % before pre-training, "
+            f"{100 * result['probe_after']:.1f} % after")
     return result
 
 if __name__ == "__main__":

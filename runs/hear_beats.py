@@ -29,7 +29,8 @@ def rows(audio, model):
     count = max(1, num_tokens(audio.shape[1]) // BANDS)
     audio = F.pad(audio, (0, max(0, (count - 1) * ROW + MIN_SAMPLES - audio.shape[1])))
     starts = range(0, count, ROWS)
-    return torch.cat([rows_of(model.features(audio[:, i * ROW:(min(i + ROWS, count) - 1) * ROW + MIN_SAMPLES])[0])[0].mean(2) for i in starts], 1)
+    return torch.cat([rows_of(model.features(audio[:, i * ROW:(min(i + ROWS, count) - 1) * ROW + MIN_SAMPLES])[0])[0].mean(2)
+                      for i in starts], 1)
 
 def get_timestamp_embeddings(audio, model):
     """audio: (B, n) in [-1, 1] at 16 kHz -> (B, T, D) float32; (B, T) centres in milliseconds, 40 ms apart."""

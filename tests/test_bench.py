@@ -26,7 +26,8 @@ def test_every_piece_is_timed_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize("piece", ["fbank", "encoder", "mam", "mam2", "mam2-live", "tokenizer", "finetune"])
 def test_no_step_waits_for_the_device(piece, monkeypatch):
     """On the device "meta" there are shapes and no numbers: asking it for one (.item(), nonzero, a boolean index) is an error."""
-    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())         # unknown to it, as are fused kernels
+    # unknown to it, as are fused kernels
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(common, "make_optimizer", lambda model, lr, decay: torch.optim.AdamW(model.parameters(), lr))
     cfg = bench.Config(clips=2, seconds=2.56, only=piece)
     bench.pieces_of("micro", cfg, torch.device("meta"))[0][piece]()
@@ -39,14 +40,17 @@ def test_arithmetic_is_counted_as_by_hand():
     assert by_hand < counted * 1.15 and counted < by_hand * 2                   # and the position convolution, as a product of spectra
 
 def test_memory_is_that_of_the_tensors_saved(tmp_path):
-    plain, recompute = [line for line in bench.main(memory=True, model="micro", device="cpu", out=str(tmp_path / "b.json")) if line["piece"] == "finetune memory"]
+    plain, recompute = [line for line in bench.main(memory=True, model="micro", device="cpu", out=str(tmp_path / "b.json"))
+                        if line["piece"] == "finetune memory"]
     D, T, H, F, L = MICRO.dim, 496, MICRO.heads, MICRO.ffn, MICRO.layers
-    # of a block, in bytes: bf16 input, q k v, gate's queries, gate * bias, attention's output twice, MLP's input, inside twice; float32 sums and norms
+    # of a block, in bytes: bf16 input, q k v, gate's queries, gate * bias, attention's output twice, MLP's input, inside twice;
+    # float32 sums and norms
     block = T * (2 * (D + 3 * D + D + H * T + 2 * D + D + 2 * F) + 4 * 4 * D)
     assert plain["mb_per_second"] == pytest.approx(L * block / 10 / 1e6, rel=0.5)
     assert recompute["mb_per_second"] < 0.75 * plain["mb_per_second"]
     weights = sum(p.numel() for p in Classifier(Encoder(MICRO), ["a"] * 527).parameters())
-    assert 16e-9 * weights < plain["fixed_gb"] < 22e-9 * weights + 1e-9 * (4 * H + 8) * T * T       # bfloat16 copies of the weights, the position bias
+    # bfloat16 copies of the weights, the position bias
+    assert 16e-9 * weights < plain["fixed_gb"] < 22e-9 * weights + 1e-9 * (4 * H + 8) * T * T
 
 def test_peers_that_are_unknown_or_missing_are_explained(monkeypatch, tmp_path):
     flags = dict(model="micro", clips=1, seconds=1.0, runs=1, only="encoder", device="cpu", out=str(tmp_path / "bench.json"))

@@ -22,14 +22,16 @@ def sine(seconds, rate=16000, hz=440.0, level=0.5):
 
 # ---- reading
 
-@pytest.mark.parametrize("name, options", [("a.wav", dict(subtype="PCM_16")), ("a.wav", dict(subtype="PCM_24")), ("a.wav", dict(subtype="FLOAT")),
-                                           ("a.wav", dict(subtype="PCM_U8")), ("a.flac", {}), ("a.ogg", {}), ("a.mp3", {})])
+@pytest.mark.parametrize("name, options", [("a.wav", dict(subtype="PCM_16")), ("a.wav", dict(subtype="PCM_24")),
+                                           ("a.wav", dict(subtype="FLOAT")), ("a.wav", dict(subtype="PCM_U8")),
+                                           ("a.flac", {}), ("a.ogg", {}), ("a.mp3", {})])
 def test_formats(write_wav, name, options):
     x = sine(1)
     wav, lengths = load_audio(write_wav(name, x, **options))
     assert lengths.tolist() == [wav.shape[1]] and abs(wav.shape[1] - 16000) <= (2400 if name == "a.mp3" else 0)      # mp3 codecs pad
     if name != "a.mp3":
-        assert np.abs(wav[0].numpy() - x).max() < (0.05 if name[-3:] in ("ogg", "mp3") else 1e-2 if options.get("subtype") == "PCM_U8" else 1e-4)
+        assert np.abs(wav[0].numpy() - x).max() < (0.05 if name[-3:] in ("ogg", "mp3")
+                                                   else 1e-2 if options.get("subtype") == "PCM_U8" else 1e-4)
 
 def test_stereo_is_averaged_and_a_batch_is_padded(write_wav):
     wav, lengths = load_audio([write_wav("stereo.wav", np.stack([sine(0.5), -sine(0.5)], 1)), write_wav("b.wav", sine(1))])
@@ -81,7 +83,8 @@ def test_a_folder_becomes_a_pack(tmp_path, write_wav, capsys):
 def test_statistics_are_those_of_all_bins(ragged):
     pack = Pack(ragged)
     values = np.concatenate([data.fbank(torch.from_numpy(pack.audio(i) / np.float32(32768))[None]).flatten() for i in range(len(pack))])
-    assert pack.info["fbank_mean"] == pytest.approx(values.mean(), rel=1e-4) and pack.info["fbank_std"] == pytest.approx(values.std(), rel=1e-4)
+    assert (pack.info["fbank_mean"] == pytest.approx(values.mean(), rel=1e-4)
+            and pack.info["fbank_std"] == pytest.approx(values.std(), rel=1e-4))
 
 def table(tmp_path, text):
     (tmp_path / "meta.csv").write_text(text)
@@ -100,11 +103,14 @@ def test_a_table_becomes_a_pack(tmp_path, write_wav):
     assert len(Pack(tmp_path / "two")) == 1
 
 @pytest.mark.parametrize("text, message", [
-    ("name,label\na.wav,x\n", "no column named path.*name.*--path_column"), ("path\n", "no rows"), ("path,start,end\na.wav,3,1\n", "line 2.*from 3.0 s to 1.0 s"),
-    ("path,start\na.wav,-1\n", "line 2"), ("path\na.wav\na.wav\n", "line 3: a.wav stands there twice"), ("path,start\na.wav,soon\n", "seconds, not 'soon'"),
+    ("name,label\na.wav,x\n", "no column named path.*name.*--path_column"), ("path\n", "no rows"),
+    ("path,start,end\na.wav,3,1\n", "line 2.*from 3.0 s to 1.0 s"), ("path,start\na.wav,-1\n", "line 2"),
+    ("path\na.wav\na.wav\n", "line 3: a.wav stands there twice"), ("path,start\na.wav,soon\n", "seconds, not 'soon'"),
     ("path\nnowhere.wav\n", "no usable audio.*no such file"), ("path,label\n,x\n", "line 2: no path"),
-    ('path,label\na.wav,"dog\nb.wav,cat\n', "unexpected end of data"), ('path,label\na.wav,"dog\nb.wav",cat\n', "line 3: a quotation mark is open"),
-    ("path,start\na.wav,nan\n", "line 2"), ("path,start,end\na.wav,0,inf\n", "line 2"), ("path\na.wav\n./a.wav\n", "line 3: ./a.wav stands there twice")])
+    ('path,label\na.wav,"dog\nb.wav,cat\n', "unexpected end of data"),
+    ('path,label\na.wav,"dog\nb.wav",cat\n', "line 3: a quotation mark is open"),
+    ("path,start\na.wav,nan\n", "line 2"), ("path,start,end\na.wav,0,inf\n", "line 2"),
+    ("path\na.wav\n./a.wav\n", "line 3: ./a.wav stands there twice")])
 def test_bad_tables_are_explained(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         data.main(["csv", table(tmp_path, text), "--out", str(tmp_path / "pack")])
@@ -201,7 +207,8 @@ def test_a_pack_with_a_tiny_share_is_not_lost():
 
 def test_micro_batches_are_bounded_and_cut_to_their_longest_clip():
     samples, subsets = three_corpora()
-    packs = [type("Silence", (), dict(samples=samples, __len__=lambda s: len(samples), read_into=lambda s, out, i, start: out.fill(i % 99)))()]
+    packs = [type("Silence", (), dict(samples=samples, __len__=lambda s: len(samples),
+                                      read_into=lambda s, out, i, start: out.fill(i % 99)))()]
     clips = Clips(packs)
     for batch in epoch_batches(samples, 60 * 16000, (0, 0), subsets, (0.4, 0.3, 0.3))[:20]:
         whole = clips[[(int(i), 0) for i in batch]]
@@ -209,7 +216,8 @@ def test_micro_batches_are_bounded_and_cut_to_their_longest_clip():
         assert torch.equal(torch.cat([p["clip"] for p in parts]), whole["clip"])
         rows = [p["noise"].shape[1] // 8 for p in parts]
         assert all(len(p["wav"]) * r * 2560 <= 30 * 16000 for p, r in zip(parts, rows))
-        assert all(p["wav"].shape[1] == (r * 16 - 1) * 160 + 400 and r == num_tokens(int(p["lengths"].max())) // 8 for p, r in zip(parts, rows))
+        assert all(p["wav"].shape[1] == (r * 16 - 1) * 160 + 400 and r == num_tokens(int(p["lengths"].max())) // 8
+                   for p, r in zip(parts, rows))
         for p in parts:
             for wav, n, noise in zip(p["wav"], p["lengths"], p["noise"]):
                 assert n <= len(wav) or num_tokens(int(n)) // 8 == len(noise) // 8
@@ -252,7 +260,8 @@ def test_a_batch_ends_with_its_last_patch_row(ragged):
     rows = num_tokens(32400) // 8
     assert batch["wav"].shape[1] == (rows * 16 - 1) * 160 + 400 and batch["noise"].shape == (2, rows * 8)
     assert not batch["wav"][0, 4800:].any()
-    assert torch.equal(batch["noise"][0, :num_tokens(4800)], clips[[(0, 0)]]["noise"][0])            # a clip's noise is its own, in any batch
+    # a clip's noise is its own, in any batch
+    assert torch.equal(batch["noise"][0, :num_tokens(4800)], clips[[(0, 0)]]["noise"][0])
 
 def test_held_out_files_are_not_trained_on(toy, ragged):
     packs = [Pack(toy), Pack(ragged)]
@@ -310,7 +319,8 @@ def test_a_packing_of_other_files_starts_anew_and_two_at_once_are_refused(tmp_pa
             pack_slowly(tmp_path / "pack")
     pack_slowly(tmp_path / "pack")
     pack_slowly(tmp_path / "other")
-    assert (tmp_path / "pack/index.npy").read_bytes() == (tmp_path / "other/index.npy").read_bytes() and not Pack(tmp_path / "pack").damaged()
+    assert ((tmp_path / "pack/index.npy").read_bytes() == (tmp_path / "other/index.npy").read_bytes()
+            and not Pack(tmp_path / "pack").damaged())
 
 def test_an_interrupted_packing_loses_and_doubles_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SYNC_SECONDS", 0.0)
@@ -326,7 +336,8 @@ def test_an_interrupted_packing_loses_and_doubles_nothing(tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             pack_slowly(tmp_path / "stopped")
     pack_slowly(tmp_path / "stopped")
-    assert (tmp_path / "stopped/index.npy").read_bytes() == (tmp_path / "whole/index.npy").read_bytes() and not Pack(tmp_path / "stopped").damaged()
+    assert ((tmp_path / "stopped/index.npy").read_bytes() == (tmp_path / "whole/index.npy").read_bytes()
+            and not Pack(tmp_path / "stopped").damaged())
 
 def stop_after(monkeypatch, files):
     """data.read_audio raises KeyboardInterrupt at file number `files`, once."""
@@ -418,7 +429,8 @@ for workers in (0, 1, 4):
 def test_two_million_clips(tmp_path):
     n, length = 2_000_000, 160_000
     index, per = np.zeros(n, data.INDEX), data.SHARD_BYTES // 2 // length
-    index["shard"], index["offset"], index["samples"], index["row"] = np.arange(n) // per, np.arange(n) % per * length, length, np.arange(n)
+    index["shard"], index["offset"], index["samples"], index["row"] = (
+        np.arange(n) // per, np.arange(n) % per * length, length, np.arange(n))
     shards = [int(x) * length for x in np.bincount(index["shard"])]
     np.save(tmp_path / "index.npy", index)
     for shard, samples in enumerate(shards):
@@ -431,4 +443,5 @@ def test_two_million_clips(tmp_path):
     (_, (seconds, megabytes)), (_, (order,)), *batches = said
     assert seconds < 2 and megabytes < 150
     assert order < 4                                        # 0.4 on a quiet machine
-    assert len(batches) == 3 and all(more < 30 for _, (more,) in batches)       # MB: after 10,000 batches, and with any number of threads
+    # MB: after 10,000 batches, and with any number of threads
+    assert len(batches) == 3 and all(more < 30 for _, (more,) in batches)

@@ -25,7 +25,8 @@ def save_classifier(encoder, path, labels, seed, multilabel=False):
     torch.manual_seed(seed)
     model = Classifier(encoder, labels, multilabel)
     torch.nn.init.normal_(model.head.weight)
-    torch.save(dict(kind="classifier", encoder=dataclasses.asdict(encoder.cfg), labels=labels, multilabel=multilabel, model=model.state_dict()), path)
+    torch.save(dict(kind="classifier", encoder=dataclasses.asdict(encoder.cfg), labels=labels, multilabel=multilabel,
+                    model=model.state_dict()), path)
     return str(path)
 
 def log(path):
@@ -36,8 +37,10 @@ def tagged(tmp_path_factory):
     """30 clips of 0.3 to 1.2 s with one or two labels of three, one more class that never occurs; train, valid, test."""
     path = tmp_path_factory.mktemp("packs") / "tagged"
     labels = [["a"], ["b"], ["a", "b"], ["c"], ["a", "c"]]
-    rows = [dict(path=f"clip{i}.wav", labels=labels[i % 5], split=("train", "valid", "test")[i // 10], group="", n=4800 + i * 480) for i in range(30)]
-    tone = lambda row: sum(0.2 * np.sin(np.arange(row["n"]) * dict(a=0.05, b=0.3, c=1.0)[name]) for name in row["labels"]).astype(np.float32)
+    rows = [dict(path=f"clip{i}.wav", labels=labels[i % 5], split=("train", "valid", "test")[i // 10], group="", n=4800 + i * 480)
+            for i in range(30)]
+    tone = lambda row: sum(0.2 * np.sin(np.arange(row["n"]) * dict(a=0.05, b=0.3, c=1.0)[name])
+                           for name in row["labels"]).astype(np.float32)
     data.write_pack(path, rows, tone, classes=["a", "b", "c", "never"])
     return str(path)
 
@@ -59,7 +62,8 @@ loss             | bce | bce | ce | bce | bce | ce
 mean             | 15.41663 | 15.41663 | 11.72215 | 11.43905 | 11.41045 | 12.0889
 std              | 6.55582 | 6.55582 | 10.60431 | 5.64913 | 5.67857 | 4.29147
 weight decay     | 0.01 | 0.01 | 0.01 | 0.01 | 0.01 | 0.01"""
-FIELDS = ("max_steps warmup_steps batch_seconds grad_decay lr balance dropout layerdrop roll spec_augment mixup loss fbank_mean fbank_std weight_decay").split()
+FIELDS = ("max_steps warmup_steps batch_seconds grad_decay lr balance dropout layerdrop roll spec_augment mixup loss "
+          "fbank_mean fbank_std weight_decay").split()
 
 def test_presets_are_table_4():
     rows = [line.split("|")[1:] for line in TABLE_4.strip().splitlines()]
@@ -71,12 +75,14 @@ def test_presets_are_table_4():
     assert finetune.TASKS["custom"] == {}
 
 def test_defaults_then_preset_then_checkpoint_then_flags(ragged, tmp_path, random_encoder):
-    torch.save(dict(kind="mam", encoder=dataclasses.asdict(MICRO), model={"encoder." + k: v for k, v in random_encoder.state_dict().items()}), tmp_path / "e.pt")
+    torch.save(dict(kind="mam", encoder=dataclasses.asdict(MICRO),
+                    model={"encoder." + k: v for k, v in random_encoder.state_dict().items()}), tmp_path / "e.pt")
     flags = dict(data=ragged, out_dir=str(tmp_path), fold="1", device="cpu", init=str(tmp_path / "e.pt"))
     finetune.main(task="ks2", max_steps=1, mixup=0.1, **flags)
     first = torch.load(tmp_path / "finetune_ragged_fold1.pt", weights_only=True)
     assert (first["config"]["lr"], first["config"]["mixup"], first["config"]["smoothing"]) == (1e-4, 0.1, 0.0)
-    assert (first["encoder"]["fbank_mean"], first["encoder"]["grad_decay"], first["encoder"]["layerdrop"]) == (11.41045, 0.3, 0.1) and first["multilabel"]
+    assert ((first["encoder"]["fbank_mean"], first["encoder"]["grad_decay"], first["encoder"]["layerdrop"]) == (11.41045, 0.3, 0.1)
+            and first["multilabel"])
     finetune.main(resume=True, max_steps=2, lr=7e-4, **flags)
     config = torch.load(tmp_path / "finetune_ragged_fold1.pt", weights_only=True)["config"]
     assert (config["task"], config["lr"], config["mixup"], config["weight_decay"]) == ("ks2", 7e-4, 0.1, 0.01)
@@ -97,7 +103,8 @@ def test_fine_tuning_learns_and_finished_folds_are_kept(ragged, tmp_path):
     assert finetune.main(resume=True, **flags) == scores and os.path.getmtime(tmp_path / "finetune_ragged_fold1.pt") == before
 
 def test_micro_batches_do_not_change_what_is_learned(ragged, tmp_path):
-    flags = dict(data=ragged, out_dir=str(tmp_path), fold="1", max_steps=2, roll=True, mixup=0.5, spec_augment=0.3, dtype="float32", **FAST)
+    flags = dict(data=ragged, out_dir=str(tmp_path), fold="1", max_steps=2, roll=True, mixup=0.5, spec_augment=0.3,
+                 dtype="float32", **FAST)
     for name, seconds in (("whole", 0.0), ("parts", 3.0)):
         finetune.main(name=name, device_seconds=seconds, **flags)
     a, b = (load(tmp_path / f"finetune_{name}_fold1.pt").state_dict() for name in ("whole", "parts"))
@@ -127,12 +134,19 @@ def test_choosing_on_test_clips_is_refused(ragged, tmp_path):
     assert finetune.main(data=ragged, out_dir=str(tmp_path), best=True, valid_share=0.25, fold="1", max_steps=2, eval_every=1, **FAST)
 
 def test_packs_that_cannot_be_fine_tuned_on(toy, tmp_path, ragged):
-    data.write_pack(tmp_path / "plain", [dict(path=str(i), labels=[], split="", group="") for i in range(3)], lambda row: np.ones(4000, np.float32) * 0.1)
+    data.write_pack(tmp_path / "plain", [dict(path=str(i), labels=[], split="", group="") for i in range(3)],
+                    lambda row: np.ones(4000, np.float32) * 0.1)
     for pack, flags, message in ((tmp_path / "plain", {}, "has no labels"), (ragged, dict(fold="7"), "has the folds 1, 2, 3, not 7"),
-                                 (toy, dict(test_split="later"), "training needs train and test"), (toy, dict(task="esc"), "--task esc: choose one of custom, as2m"),
-                                 (toy, dict(balance="unknown", max_steps=1), "needs a class named unknown"), (toy, dict(init="scratch,scratch"), "can be probed: --probe mlp"),
-                                 (toy, dict(init="nowhere:f", probe="knn"), "No module named 'nowhere'"), (toy, dict(init="math:f", probe="knn"), "a function in it"),
-                                 (toy, dict(probe="linear,svm"), "choose of linear, mlp, knn"), (toy, dict(patchout=60.0), "a share, from 0 to below 1"), (toy, dict(loss="bce", smoothing=0.1), "--smoothing is for --loss ce"), (ragged, dict(ensemble="a.pt"), "write {fold} in their names"),
+                                 (toy, dict(test_split="later"), "training needs train and test"),
+                                 (toy, dict(task="esc"), "--task esc: choose one of custom, as2m"),
+                                 (toy, dict(balance="unknown", max_steps=1), "needs a class named unknown"),
+                                 (toy, dict(init="scratch,scratch"), "can be probed: --probe mlp"),
+                                 (toy, dict(init="nowhere:f", probe="knn"), "No module named 'nowhere'"),
+                                 (toy, dict(init="math:f", probe="knn"), "a function in it"),
+                                 (toy, dict(probe="linear,svm"), "choose of linear, mlp, knn"),
+                                 (toy, dict(patchout=60.0), "a share, from 0 to below 1"),
+                                 (toy, dict(loss="bce", smoothing=0.1), "--smoothing is for --loss ce"),
+                                 (ragged, dict(ensemble="a.pt"), "write {fold} in their names"),
                                  (toy, dict(probe="knn", layers="all", init="scratch,scratch"), "single encoder of ours")):
         with pytest.raises(UserError, match=message):
             finetune.main(data=str(pack), device="cpu", out_dir=str(tmp_path), **flags)
@@ -155,7 +169,8 @@ def test_mixup_shares_are_beta_distributed_and_shifts_uniform():
     B, a = 20000, 0.8
     batch = dict(wav=torch.arange(8.0).repeat(B, 1), lengths=torch.full((B,), 8))
     index = torch.arange(B, dtype=torch.float64)[:, None]
-    _, _, mixed = finetune.augment(batch, torch.cat([index, index**2], 1), finetune.Config(roll=False, mixup=a), torch.Generator().manual_seed(0))
+    _, _, mixed = finetune.augment(batch, torch.cat([index, index**2], 1), finetune.Config(roll=False, mixup=a),
+                                   torch.Generator().manual_seed(0))
     m, s, i = mixed[:, 0], mixed[:, 1], index[:, 0]             # m = w i + (1 - w) j, s = w i^2 + (1 - w) j^2: solve for w
     j = (s - m * i) / (m - i)
     w = ((m - j) / (i - j))[(i - m).abs() > 1]
@@ -196,8 +211,9 @@ def test_patchout_leaves_out_patches_in_training_only(toy, tmp_path, monkeypatch
         return forward(self, patches, valid, keep, **options)
     monkeypatch.setattr(Encoder, "forward", spy)
     finetune.main(data=toy, out_dir=str(tmp_path), max_steps=2, patchout=0.75, **FAST)
-    assert {share for training, share in seen if training} == {36 / 144} and [share for training, share in seen if not training][1:] == \
-        [None] * (sum(not training for training, _ in seen) - 1)            # the first counts the arithmetic of a step
+    assert ({share for training, share in seen if training} == {36 / 144}
+            and [share for training, share in seen if not training][1:]         # the first counts the arithmetic of a step
+            == [None] * (sum(not training for training, _ in seen) - 1))
     assert all(0 < line["mfu"] < 1.5 for line in log(tmp_path / "finetune_toy.jsonl") if "mfu" in line)
 
 def test_a_classifier_of_some_patches_averages_those(random_encoder):
@@ -243,7 +259,8 @@ def test_keyword_epochs_are_balanced():
 
 def test_training_draws_what_the_balance_says(tagged, tmp_path, monkeypatch):
     asked, original = [], data.epoch_batches
-    monkeypatch.setattr(data, "epoch_batches", lambda samples, size, key, subsets=None, **more: asked.append((key, subsets[0])) or original(samples, size, key, subsets, **more))
+    monkeypatch.setattr(data, "epoch_batches", lambda samples, size, key, subsets=None, **more: (
+        asked.append((key, subsets[0])) or original(samples, size, key, subsets, **more)))
     finetune.main(data=tagged, out_dir=str(tmp_path), balance="weights", max_steps=2, seed=5, **FAST)
     key, drawn = next((key, clips) for key, clips in asked if len(key) == 2)
     targets = finetune.splits_of(data.Pack(tagged))[1]
@@ -299,7 +316,8 @@ def test_scores_equal_scikit_learn_s():
     metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(1)
     scores, truth = torch.from_numpy(rng.integers(0, 30, (200, 12)) / 30), torch.from_numpy(rng.integers(0, 4, (200, 12)) == 0)
-    assert finetune.score(scores, truth, True) == pytest.approx(metrics.average_precision_score(truth, scores, average="macro"), abs=1e-12)
+    assert finetune.score(scores, truth, True) == pytest.approx(
+        metrics.average_precision_score(truth, scores, average="macro"), abs=1e-12)
     assert np.mean([finetune.ranking(s, t)[1] for s, t in zip(scores.numpy().T, truth.numpy().T)]) == pytest.approx(
         metrics.roc_auc_score(truth, scores, average="macro"), abs=1e-12)
 
@@ -314,7 +332,8 @@ def test_the_files_of_a_run_give_its_scores(tagged, tmp_path, capsys):
     last = log(tmp_path / "finetune_tagged.jsonl")[-1]
     assert (last["mAP"], last["classes_scored"], last["classes"], last["clips"]) == (value, 3, 4, 10) and "accuracy" not in last
     area = np.mean([auc for _, auc in naives])
-    assert last["d_prime"] == math.inf if area == 1 else math.erf(last["d_prime"] / 2) == pytest.approx(2 * area - 1, abs=1e-9)    # AUC = Phi(d' / sqrt 2)
+    # AUC = Phi(d' / sqrt 2)
+    assert last["d_prime"] == math.inf if area == 1 else math.erf(last["d_prime"] / 2) == pytest.approx(2 * area - 1, abs=1e-9)
     rows = list(csv.DictReader(open(tmp_path / "finetune_tagged.csv")))
     assert [row["class"] for row in rows] == ["a", "b", "c", "never"] and [row["clips"] for row in rows] == ["6", "4", "4", "0"]
     assert [float(row["average_precision"]) for row in rows[:3]] == pytest.approx([ap for ap, _ in naives]) and rows[3]["auc"] == "nan"
@@ -343,7 +362,8 @@ def test_nearest_neighbours_are_x_ares_s():
         assert np.allclose(found[i], sum(w * y[n] for w, n in zip(weight / weight.sum(), near)))
     trainer = pytest.importorskip("xares.trainer")
     theirs = trainer.KNN(torch.from_numpy(x), torch.from_numpy(y).argmax(1), num_classes=5)(torch.from_numpy(t))
-    assert torch.allclose(finetune.knn_probe(*map(torch.from_numpy, (x, y, t)), xares=True), theirs) and not torch.allclose(found, theirs)
+    assert (torch.allclose(finetune.knn_probe(*map(torch.from_numpy, (x, y, t)), xares=True), theirs)
+            and not torch.allclose(found, theirs))
 
 def test_the_mlp_track_learns():
     centres, y = torch.randn(5, 20, generator=torch.Generator().manual_seed(0)), torch.arange(1200) % 5
@@ -360,7 +380,8 @@ def test_the_mlp_track_has_x_ares_s_schedule_and_choice(monkeypatch):
     step, forward = torch.optim.Adam.step, torch.nn.Linear.forward
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
     monkeypatch.setattr(finetune, "score", lambda *args: next(valid))
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: [forward(self, x), tests.append(forward(self, x).detach()) if len(x) == 7 else None][0])
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: [
+        forward(self, x), tests.append(forward(self, x).detach()) if len(x) == 7 else None][0])
     found = finetune.mlp_probe(x, y, x[:9], y[:9], torch.randn(7, 6))
     due = [1e-3 + (1e-4 - 1e-3) / 2 * (1 - math.cos(math.pi * epoch / 10)) for epoch in range(10)]
     assert rates == pytest.approx(np.repeat(due, 4)) and rates[-1] == pytest.approx(1.22e-4, rel=1e-2)      # 4 batches of 32 an epoch
@@ -393,7 +414,8 @@ def test_a_feature_ensemble_is_its_definition(random_encoder):
 def test_several_encoders_are_probed_side_by_side(ragged, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("from test_finetune import Foreign")
     monkeypatch.chdir(tmp_path)
-    scores = finetune.main(data=ragged, out_dir=str(tmp_path), model="micro", device="cpu", init="scratch,mine:Foreign", probe="linear", fold="1")
+    scores = finetune.main(data=ragged, out_dir=str(tmp_path), model="micro", device="cpu", init="scratch,mine:Foreign",
+                           probe="linear", fold="1")
     assert scores["1"] > 0.7
 
 def test_a_dasheng_joins(random_encoder):
@@ -413,7 +435,8 @@ def test_probabilities_are_averaged(random_encoder, ragged, tmp_path, capsys):
     assert np.allclose(found["scores"], (parts[0] + parts[1]) / 2, atol=1e-12) and np.allclose(found["scores"].sum(1), 1)
     assert value == np.mean(found["scores"].argmax(1) == found["targets"].argmax(1))
     wav, lengths = data.pad_batch([data.Pack(ragged).audio(i).astype(np.float32) / 32768 for i in range(1, 24, 3)])
-    assert np.allclose(parts[1], load(members[1]).predict(wav, lengths).detach()[:, [1, 0]], atol=1e-5)        # classes by name, not by place
+    # classes by name, not by place
+    assert np.allclose(parts[1], load(members[1]).predict(wav, lengths).detach()[:, [1, 0]], atol=1e-5)
     assert all(f"m{i}_{{fold}}.pt fold 2: accuracy" in printed for i in (0, 1)) and "their mean fold 2: accuracy" in printed
     with pytest.raises(UserError, match="not a classifier of the classes"):
         finetune.main(ensemble=save_classifier(random_encoder, tmp_path / "other.pt", ["a", "x"], 0), **flags)
@@ -434,10 +457,13 @@ def test_two_ranks_score_as_one(ragged, toy, random_encoder, tmp_path):
     member = save_classifier(random_encoder, tmp_path / "m.pt", ["a", "b"], 0)
     for ranks, launcher in ((1, []), (2, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])):
         script = tmp_path / f"run{ranks}.py"
-        script.write_text(RUNS.format(root=str(ROOT), member=member, toy=toy, flags=dict(data=ragged, out_dir=str(tmp_path / str(ranks)), device="cpu")))
-        done = subprocess.run([sys.executable, *launcher, script], capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        script.write_text(RUNS.format(root=str(ROOT), member=member, toy=toy,
+                                      flags=dict(data=ragged, out_dir=str(tmp_path / str(ranks)), device="cpu")))
+        done = subprocess.run([sys.executable, *launcher, script], capture_output=True, text=True, timeout=240,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("m.pt fold 1: accuracy") == done.stdout.count("their mean fold 1: accuracy") == 1        # one rank prints
+        # one rank prints
+        assert done.stdout.count("m.pt fold 1: accuracy") == done.stdout.count("their mean fold 1: accuracy") == 1
     for name in ("ensemble_ragged_fold1", "mlp_toy", "finetune_ragged_fold3"):
         one, two = (np.load(tmp_path / str(ranks) / f"{name}.npz") for ranks in (1, 2))
         exact = not name.startswith("finetune")         # training sums its gradients in another order
@@ -454,7 +480,8 @@ def test_x_ares_finds_an_encoder(random_encoder, tmp_path, monkeypatch):
     names = [name for name in dir(module) if name.endswith("Encoder")]
     assert names == ["BeatsEncoder"]
     encoder = module.BeatsEncoder()
-    assert isinstance(encoder, torch.nn.Module) and (encoder.sampling_rate, encoder.output_dim, encoder.hop_size_in_ms) == (16000, 32, 20)
+    assert (isinstance(encoder, torch.nn.Module)
+            and (encoder.sampling_rate, encoder.output_dim, encoder.hop_size_in_ms) == (16000, 32, 20))
     assert encoder(torch.randn(2, 50000)).shape == (2, 3125 // 20 // 8 * 8, 32) and encoder(torch.randn(50000)).shape == (1, 152, 32)
     assert encoder(torch.randn(1, 100)).shape == (1, 48, 32)            # padded to a second
     long = torch.randn(1, 600 * 16000 + 5000) * 0.1
@@ -478,7 +505,8 @@ def test_hear_s_contract(random_encoder, tmp_path):
         x, times = module.get_timestamp_embeddings(audio, model)
         assert x.dtype == torch.float32 and x.shape == (*times.shape, model.timestamp_embedding_size) and times.shape[0] == sounds
         step = times.diff(dim=1)
-        assert times.dtype == torch.float32 and (step - 40).abs().max() < 1e-3 if times.shape[1] > 1 else times.shape[1] == 1      # even, at most 50 ms
+        # even, at most 50 ms
+        assert times.dtype == torch.float32 and (step - 40).abs().max() < 1e-3 if times.shape[1] > 1 else times.shape[1] == 1
         assert (times >= 0).all() and (times[:, -1] <= max(seconds * 1000, 87.5)).all() and torch.isfinite(x).all()
         scene = module.get_scene_embeddings(audio, model)
         assert scene.dtype == torch.float32 and scene.shape == (sounds, model.scene_embedding_size) and torch.isfinite(scene).all()

@@ -43,7 +43,8 @@ def test_fbank(inputs, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_encoder_layer_by_layer(inputs, name):
-    golden, encoder, valid = read("tiny_encoder.golden.pt")[name], load_official(FOLDER / "tiny_encoder.ckpt.pt"), valid_of(inputs[name])
+    golden, encoder, valid = (read("tiny_encoder.golden.pt")[name], load_official(FOLDER / "tiny_encoder.ckpt.pt"),
+                              valid_of(inputs[name]))
     if valid is not None:
         assert torch.equal(~valid, golden["mask_tokens"])
     with torch.no_grad():
@@ -57,7 +58,8 @@ def test_encoder_layer_by_layer(inputs, name):
             assert close(encoder.ln_patch(encoder.patch(patches)), golden["patch_ln"])
             assert close(encoder.conv_position(golden["pos_conv_in"]), golden["pos_conv"])
             assert close(encoder.position_bias(patches.shape[1])[0], golden["position_bias"], 1e-6)
-            for block, x, gate, out in zip(encoder.blocks, [golden["encoder_in"], *golden["layers"]], golden["gates"], golden["attn_out"]):
+            for block, x, gate, out in zip(encoder.blocks, [golden["encoder_in"], *golden["layers"]], golden["gates"],
+                                           golden["attn_out"]):
                 q = block.attn.qkv(x).chunk(3, dim=-1)[0].unflatten(-1, (encoder.cfg.heads, -1)).transpose(1, 2)
                 u, r = block.attn.gate(q).unflatten(-1, (2, 4)).sum(-1).sigmoid().unbind(-1)
                 assert close(u * (r * block.attn.gate_scale[:, None] - 1) + 2, gate)

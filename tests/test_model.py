@@ -9,8 +9,8 @@ import torch.nn as nn
 import infer
 import model
 from conftest import MICRO
-from model import (PRESETS, CheckpointError, Classifier, Encoder, EncoderConfig, MaskedAudioModel, conv_by_fft, conv_direct, export_official,
-                   fbank, load, load_official, num_tokens, patchify, relative_bucket, valid_tokens)
+from model import (PRESETS, CheckpointError, Classifier, Encoder, EncoderConfig, MaskedAudioModel, conv_by_fft, conv_direct,
+                   export_official, fbank, load, load_official, num_tokens, patchify, relative_bucket, valid_tokens)
 from official import encoder_to_official
 
 # ---- front end
@@ -40,8 +40,8 @@ def test_fbank_equals_a_naive_loop():
         spectrum = np.abs(np.fft.fft(x, 512))**2
         for m in range(128):
             left, centre, right = (mel(20) + (m + j) * step for j in range(3))
-            energy = sum(max(0, min((mel(k * 31.25) - left) / (centre - left), (right - mel(k * 31.25)) / (right - centre))) * spectrum[k]
-                         for k in range(256))
+            energy = sum(max(0, min((mel(k * 31.25) - left) / (centre - left), (right - mel(k * 31.25)) / (right - centre)))
+                         * spectrum[k] for k in range(256))
             if m != 3:      # the empty triangle
                 assert ours[m] == pytest.approx(math.log(max(energy, 1.1920929e-07)), abs=2e-3), (i, m)
 
@@ -189,7 +189,8 @@ def test_initialisation_of_a_base_model():
     q, k, v = encoder.blocks[5].attn.qkv.weight.chunk(3)
     block = encoder.blocks[5]
     assert q.std().item() == std(0.0361) and k.std().item() == std(0.0361) and v.std().item() == std(0.0361 * beta)
-    assert block.attn.out.weight.std().item() == std(0.01153) and block.fc1.weight.std().item() == std(0.00729) == block.fc2.weight.std().item()
+    assert (block.attn.out.weight.std().item() == std(0.01153)
+            and block.fc1.weight.std().item() == std(0.00729) == block.fc2.weight.std().item())
     assert encoder.position_bias.table.std().item() == std(0.02) and block.attn.gate.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert encoder.conv_position.weight_v.std().item() == std(0.00638) and encoder.conv_position.weight_g.mean().item() == std(1.225)
     assert (block.attn.gate_scale == 1).all() and not block.fc1.bias.any() and not encoder.conv_position.bias.any()
@@ -262,7 +263,8 @@ def test_rows_and_their_times(random_encoder):
 
 def test_windows_cover_a_recording():
     wav = torch.arange(1, 401.0)
-    for seconds, hop in ((100 / 16000, 50 / 16000), (100 / 16000, 100 / 16000), (500 / 16000, 250 / 16000), (400 / 16000, 100 / 16000), (90 / 16000, 70 / 16000)):
+    for seconds, hop in ((100 / 16000, 50 / 16000), (100 / 16000, 100 / 16000), (500 / 16000, 250 / 16000),
+                         (400 / 16000, 100 / 16000), (90 / 16000, 70 / 16000)):
         parts, lengths, starts = model.windows(wav, seconds, hop)
         for part, n, start in zip(parts, lengths, starts):
             assert torch.equal(part[:n], wav[start:start + n]) and not part[n:].any()
@@ -297,7 +299,8 @@ def test_layers(random_encoder):
     assert torch.equal(states[-1], random_encoder.features(wav)[0])
 
 def test_kept_tokens_stand_at_their_true_positions(random_encoder):
-    # independent truth: the full-length forward in which all other tokens are padding, and the position convolution hears the rest louder
+    # independent truth: the full-length forward in which all other tokens are padding,
+    # and the position convolution hears the rest louder
     patches = torch.randn(3, 64, 256)
     kept = torch.rand(3, 64) < 0.25
     kept[0] = torch.arange(64) % 5 == 0
@@ -312,7 +315,8 @@ def test_kept_tokens_stand_at_their_true_positions(random_encoder):
         random_encoder.conv_position.forward = conv
     for i in range(3):
         assert (compact[i, :kept[i].sum()] - full[i, kept[i]]).abs().max() < 1e-5
-        assert (random_encoder(patches[i:i + 1], None, keep[i:i + 1, :kept[i].sum()]) - compact[i, :kept[i].sum()]).abs().max() < 1e-5     # no padding at all
+        assert (random_encoder(patches[i:i + 1], None, keep[i:i + 1, :kept[i].sum()])       # no padding at all
+                - compact[i, :kept[i].sum()]).abs().max() < 1e-5
 
 def test_the_position_convolution_is_as_loud_in_pretraining_as_later(random_encoder):
     conv, heard = random_encoder.conv_position, []
@@ -410,7 +414,8 @@ def test_gradient_decay():
         encoder.cfg = EncoderConfig(**{**MICRO.__dict__, "grad_decay": ratio})
         encoder.zero_grad()
         encoder(patches).square().sum().backward()
-        grads[ratio] = [encoder.patch.weight.grad.norm(), encoder.blocks[0].fc1.weight.grad.norm(), encoder.blocks[1].fc1.weight.grad.norm()]
+        grads[ratio] = [encoder.patch.weight.grad.norm(), encoder.blocks[0].fc1.weight.grad.norm(),
+                        encoder.blocks[1].fc1.weight.grad.norm()]
     assert [(a / b).item() for a, b in zip(grads[0.3], grads[1.0])] == pytest.approx([0.09, 0.3, 1.0], rel=1e-4)
 
 # ---- checkpoints
@@ -441,7 +446,8 @@ def test_official_keys_and_shapes(tmp_path):
     assert len(state) == 250 and len(encoder_to_official(Encoder(MICRO))[1]) == 10 + 2 * 20
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     assert shapes["encoder.pos_conv.0.weight_g"] == (1, 1, 128) and shapes["encoder.pos_conv.0.weight_v"] == (768, 48, 128)
-    assert shapes["encoder.layers.11.self_attn.relative_attention_bias.weight"] == (320, 12) and shapes["patch_embedding.weight"] == (512, 1, 16, 16)
+    assert (shapes["encoder.layers.11.self_attn.relative_attention_bias.weight"] == (320, 12)
+            and shapes["patch_embedding.weight"] == (512, 1, 16, 16))
     assert shapes["encoder.layers.7.self_attn.grep_a"] == (1, 12, 1, 1) and shapes["encoder.layers.7.fc1.weight"] == (3072, 768)
 
 def test_classes_in_the_order_of_audioset(official, tmp_path):

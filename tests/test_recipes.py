@@ -41,13 +41,15 @@ emptyfile00, 1.000, 11.000, "/m/09x0r"
 """
 
 def test_audioset(tmp_path, write_wav):
-    for name in ("--PJHxphWEs", "a/YaBcDeFgHiJ0", "a/AbCdEfGhIj0", "b/with_under__110.000", "b/Y-startsdash_20_30", "b/millisecond_12500_22500"):
+    for name in ("--PJHxphWEs", "a/YaBcDeFgHiJ0", "a/AbCdEfGhIj0", "b/with_under__110.000", "b/Y-startsdash_20_30",
+                 "b/millisecond_12500_22500"):
         write_wav(f"audio/{name}.wav", TONE)
     write_wav("audio/EVALUATION0_30.flac", TONE)
     (tmp_path / "audio/emptyfile00.wav").touch()
     train, classes = write(tmp_path / "balanced_train_segments.csv", SEGMENTS), write(tmp_path / "class_labels_indices.csv", CLASSES)
     test = write(tmp_path / "eval_segments.csv", '# a\n# b\n# c\nEVALUATION0, 30.000, 40.000, "/t/dd00088,/m/05zppz"\n')
-    pack, labels, split, group = packed(tmp_path, "audioset", tmp_path / "audio", "--train", train, "--test", test, "--class_csv", classes)
+    pack, labels, split, group = packed(tmp_path, "audioset", tmp_path / "audio", "--train", train, "--test", test,
+                                        "--class_csv", classes)
     assert pack.classes == ["Speech", "Male speech, man speaking", "Gargling"]                       # by index, never by alphabet
     assert labels == [["Speech", "Gargling"], ["Male speech, man speaking"], ["Gargling"], ["Speech"], ["Speech"], ["Speech"],
                       ["Gargling", "Male speech, man speaking"]]
@@ -59,7 +61,8 @@ def test_audioset(tmp_path, write_wav):
 def test_audioset_as_ast_lists_it(tmp_path, write_wav):
     write_wav("audio/Yabc.wav", TONE)
     listing = write(tmp_path / "train.json", "# a comment, as in AST's samples\n" + json.dumps(
-        {"data": [{"wav": "/somewhere/else/Yabc.wav", "labels": "/m/09x0r,/t/dd00088", "video_id": "x"}, {"wav": "/gone/b.wav", "labels": "/m/09x0r"}]}))
+        {"data": [{"wav": "/somewhere/else/Yabc.wav", "labels": "/m/09x0r,/t/dd00088", "video_id": "x"},
+                  {"wav": "/gone/b.wav", "labels": "/m/09x0r"}]}))
     classes = write(tmp_path / "classes.csv", CLASSES)
     pack, labels, split, _ = packed(tmp_path, "audioset", tmp_path / "audio", "--train", listing, "--class_csv", classes)
     assert labels == [["Speech", "Gargling"]] and split == ["train"] and "no file for b" in pack.skipped()[0][1]
@@ -88,7 +91,8 @@ def test_class_lists_are_checked(tmp_path, write_wav):
     meta = write(tmp_path / "meta.csv", "path,label\na.wav,dog\n")
     names = write(tmp_path / "names.txt", "cat\ndog\n")
     assert packed(tmp_path, "csv", meta, "--classes", names)[0].classes == ["cat", "dog"]
-    for text, message in (("cat\n", "line 2: label 'dog' is not in"), ("cat\ncat\n", "each once"), ("index,mid,display_name\n1,/m/1,dog\n", "does not count")):
+    for text, message in (("cat\n", "line 2: label 'dog' is not in"), ("cat\ncat\n", "each once"),
+                          ("index,mid,display_name\n1,/m/1,dog\n", "does not count")):
         with pytest.raises(UserError, match=message):
             data.main(["csv", str(meta), "--classes", str(write(names, text)), "--out", str(tmp_path / "other")])
 
@@ -99,7 +103,8 @@ def test_esc50(tmp_path, write_wav):
     for name in names:
         write_wav(f"ESC-50-master/audio/{name}", np.tile(TONE, 5))
     write(tmp_path / "ESC-50-master/meta/esc50.csv", "filename,fold,target,category,esc10,src_file,take\n" + "".join(
-        f"{n},{n[0]},{n[:-4].split('-')[3]},{'dog' if n.endswith('-0.wav') else 'chirping_birds'},{'True'},{n.split('-')[1]},A\n" for n in names))
+        f"{n},{n[0]},{n[:-4].split('-')[3]},{'dog' if n.endswith('-0.wav') else 'chirping_birds'},{'True'},{n.split('-')[1]},A\n"
+        for n in names))
     pack, labels, split, group = packed(tmp_path, "esc50", tmp_path)
     assert pack.classes == ["dog", "chirping_birds"] and split == ["1", "1", "5"]                    # by target, not by alphabet
     assert labels == [["dog"], ["chirping_birds"], ["dog"]] and group == ["100032", "100038", "9032"]

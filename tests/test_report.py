@@ -50,7 +50,8 @@ def test_disturbances_are_a_function_of_clip_condition_and_draw(toy):
     first = a.disturbed(3, "reverb+noise10", 1)
     b.disturbed(5, "noise0", 0)                                             # in whatever order
     assert np.array_equal(first, b.disturbed(3, "reverb+noise10", 1)) and len(first) == 48000
-    for other in (a.disturbed(3, "reverb+noise10", 2), a.disturbed(3, "noise10", 1), sources(toy, seed=1).disturbed(3, "reverb+noise10", 1)):
+    for other in (a.disturbed(3, "reverb+noise10", 2), a.disturbed(3, "noise10", 1),
+                  sources(toy, seed=1).disturbed(3, "reverb+noise10", 1)):
         assert not np.allclose(first, other)
     assert np.array_equal(a.disturbed(3, "gain", 0), a.disturbed(3, "clean", 0) / 2)
 
@@ -117,7 +118,8 @@ def test_purity_closed_form():
     joint = np.array([[6.0, 0, 1], [2, 4, 1]])              # two classes, three codes
     purity, pnmi = report.purity_pnmi(joint)
     assert purity == pytest.approx((6 + 4 + 1) / 14)
-    code, split = lambda p: -sum(x * math.log(x) for x in p), 8 / 14 * -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) + 2 / 14 * math.log(2)
+    code, split = (lambda p: -sum(x * math.log(x) for x in p),
+                   8 / 14 * -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) + 2 / 14 * math.log(2))
     assert pnmi == pytest.approx(1 - split / code([0.5, 0.5]))
 
 def test_small_samples_do_not_pass_for_meaning():
@@ -164,7 +166,8 @@ def padded(tmp_path_factory):
     path = tmp_path_factory.mktemp("packs") / "padded"
     def sound(row):
         rng, t = np.random.default_rng(row["n"]), np.arange(16000)
-        x = rng.standard_normal(16000) if row["labels"] == ["noise"] else np.sin(t * rng.uniform(0.1, 0.5)) + 0.01 * rng.standard_normal(16000)
+        x = (rng.standard_normal(16000) if row["labels"] == ["noise"]
+             else np.sin(t * rng.uniform(0.1, 0.5)) + 0.01 * rng.standard_normal(16000))
         return np.concatenate([0.1 * x, np.zeros(16000 + 3200 * row["n"])]).astype(np.float32)
     rows = [dict(path=str(n), labels=["noise" if n % 2 else "tone"], split=str(n // 2 % 2 + 1), group="", n=n) for n in range(12)]
     data.write_pack(path, rows, sound)
@@ -194,12 +197,13 @@ def distilled(tmp_path_factory):
     return str(path)
 
 def test_the_command_as_typed(padded, distilled, tmp_path):
-    command = [sys.executable, ROOT / "tokenizer.py", distilled, "random", "kmeans", "--data", padded, "--split", "2", "--json", tmp_path / "r.json",
-               "--bootstraps", "20", "--device", "cpu"]
+    command = [sys.executable, ROOT / "tokenizer.py", distilled, "random", "kmeans", "--data", padded, "--split", "2",
+               "--json", tmp_path / "r.json", "--bootstraps", "20", "--device", "cpu"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "r.json").read_text())
-    assert list(result["tokenizers"]) == ["tokenizer_iter2", "random", "kmeans", "log-mel"] and result["clips"] == 6 and result["patches"] == 6 * 56
+    assert (list(result["tokenizers"]) == ["tokenizer_iter2", "random", "kmeans", "log-mel"]
+            and result["clips"] == 6 and result["patches"] == 6 * 56)
     for name, found in list(result["tokenizers"].items())[:3]:
         assert found["codes_used"] + found["dead_codes"] == 32              # baselines have as many codes as the file
         for key in ("reverb", "noise20", "noise10", "noise0", "gain", "unrelated"):
@@ -219,12 +223,13 @@ def test_a_measure_does_not_depend_on_its_company(padded, distilled):
 def test_packs_without_labels(tmp_path, distilled, capsys):
     data.write_pack(tmp_path / "p", [dict(path=str(i), labels=[], split="", group="") for i in range(4)],
                     lambda row: 0.1 * np.random.default_rng(int(row["path"])).standard_normal(8000).astype(np.float32))
-    found = report.main([distilled, "--data", str(tmp_path / "p"), "--bootstraps", "5", "--conditions", "gain"])["tokenizers"]["tokenizer_iter2"]
+    found = report.main([distilled, "--data", str(tmp_path / "p"), "--bootstraps", "5",
+                         "--conditions", "gain"])["tokenizers"]["tokenizer_iter2"]
     assert "AMI" not in found and found["kappa, gain"][0] > 0
 
 @pytest.mark.parametrize("flags, message", [
-    (["--conditions", "echo"], "'echo' is no condition; there are reverb, gain, noise<dB>"), (["--split", "7"], "has the splits 1, 2, not 7"),
-    (["--noises", "nowhere"], "--noises nowhere: no such folder")])
+    (["--conditions", "echo"], "'echo' is no condition; there are reverb, gain, noise<dB>"),
+    (["--split", "7"], "has the splits 1, 2, not 7"), (["--noises", "nowhere"], "--noises nowhere: no such folder")])
 def test_mistakes_are_explained(padded, flags, message):
     with pytest.raises(UserError, match=message):
         report.main(["random", "--data", padded, *flags])
@@ -234,10 +239,11 @@ def test_mistakes_are_explained(padded, flags, message):
 def test_the_figure(toy, distilled, tmp_path):
     pytest.importorskip("sklearn")
     image = pytest.importorskip("matplotlib.image")
-    result = report.main(["random", distilled, "--data", toy, "--split", "test", "--bootstraps", "2", "--conditions", "noise10", "--figure_copies", "3",
-                          "--figure", str(tmp_path / "f/figure.png")])["figure"]
+    result = report.main(["random", distilled, "--data", toy, "--split", "test", "--bootstraps", "2", "--conditions", "noise10",
+                          "--figure_copies", "3", "--figure", str(tmp_path / "f/figure.png")])["figure"]
     pixels = image.imread(tmp_path / "f/figure.png")
-    assert pixels.shape[1] > 1500 and len(np.unique((255 * pixels[..., :3]).astype(int).reshape(-1, 3), axis=0)) > 10      # ten colours at least
+    # ten colours at least
+    assert pixels.shape[1] > 1500 and len(np.unique((255 * pixels[..., :3]).astype(int).reshape(-1, 3), axis=0)) > 10
     assert list(result) == ["log-mel", "random", "tokenizer_iter2"]
     assert all(0 <= x["retrieval"] <= 1 and -1 <= x["silhouette"] <= 1 for x in result.values())
 
@@ -246,4 +252,5 @@ def test_without_matplotlib_the_figure_says_what_to_install(padded, monkeypatch)
     monkeypatch.setitem(sys.modules, "sklearn", sys)
     with pytest.raises(UserError, match="pip install matplotlib scikit-learn"):
         report.main(["random", "--data", padded, "--figure", "x.png"])
-    assert report.main(["random", "--data", padded, "--bootstraps", "2", "--conditions", ""])["clips"] == 12    # only the figure needs it
+    # only the figure needs it
+    assert report.main(["random", "--data", padded, "--bootstraps", "2", "--conditions", ""])["clips"] == 12

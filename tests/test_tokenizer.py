@@ -242,7 +242,8 @@ def test_tokens_of_another_tokenizer_or_sound_are_not_used(pack, tmp_path):
     tok.encoder.cfg.fbank_mean -= 1e-4
     rows = [dict(path=f"{i}", labels=[], split="", group="") for i in range(24)]
     for change in (0, 1 / 32768):                                                   # one sample of one clip
-        read = lambda row: pack.audio(int(row["path"])) / np.float32(32768) + np.float32(change) * (row["path"] == "7") * np.eye(1, pack.samples[int(row["path"])], 99, np.float32)[0]
+        read = lambda row: (pack.audio(int(row["path"])) / np.float32(32768) + np.float32(change) * (row["path"] == "7")
+                            * np.eye(1, pack.samples[int(row["path"])], 99, np.float32)[0])
         other = data.write_pack(tmp_path / f"copy{change}", rows, read)
         assert (token_id(tok, other) == token_id(tok, data.Pack(tmp_path / "copy0"))) == (change == 0)
 
@@ -317,14 +318,18 @@ def test_whitening():
     x = torch.randn(5000, 12) @ torch.diag(torch.tensor([9.0, 4, 2, 1] + [0.01] * 8)) @ torch.linalg.qr(torch.randn(12, 12))[0] + 7
     mean, matrix = whitening(*moments(x), share=0.95, least=1)
     assert torch.allclose(mean, x.mean(0), atol=1e-4)
-    assert torch.allclose(torch.cov(((x - mean) @ matrix).T), torch.diag(torch.tensor([1.0, 1] + [0.0] * 10)), atol=1e-2)      # 81 + 16 of 102: two suffice
-    assert torch.allclose(torch.cov(((x - mean) @ whitening(*moments(x), share=0.95)[1]).T), torch.eye(12), atol=1e-2)         # few: all of them
-    assert whitening(*moments(torch.zeros(0, 3)))[1].abs().max() == 0                                                           # nothing: nothing
+    # 81 + 16 of 102: two suffice
+    assert torch.allclose(torch.cov(((x - mean) @ matrix).T), torch.diag(torch.tensor([1.0, 1] + [0.0] * 10)), atol=1e-2)
+    # few: all of them
+    assert torch.allclose(torch.cov(((x - mean) @ whitening(*moments(x), share=0.95)[1]).T), torch.eye(12), atol=1e-2)
+    # nothing: nothing
+    assert whitening(*moments(torch.zeros(0, 3)))[1].abs().max() == 0
 
 def test_a_tokenizer_starts_as_k_means_of_whitened_features():
     torch.manual_seed(0)
     clusters, centres = torch.randint(16, (4000,)), F.normalize(torch.randn(16, 8), dim=-1)
-    x = torch.cat([30 * torch.randn(4000, 1), centres[clusters] + 0.02 * torch.randn(4000, 8)], 1) @ torch.linalg.qr(torch.randn(32, 32))[0][:9] + 3
+    x = (torch.cat([30 * torch.randn(4000, 1), centres[clusters] + 0.02 * torch.randn(4000, 8)], 1)
+         @ torch.linalg.qr(torch.randn(32, 32))[0][:9] + 3)
     purity = {}
     for whiten in (True, False):
         tok = SelfDistilledTokenizer(Encoder(MICRO), 48, 64, 1, 32)         # a code or more for each cluster
@@ -344,14 +349,16 @@ def test_targets_are_float32_also_in_mixed_precision(random_encoder):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         predicted = tok(patches, valid)[2]
         distance = train_tokenizer.losses(tok, patches, valid, target)[0]
-    assert distance == pytest.approx((1 - F.cosine_similarity(predicted.float(), target @ tok.target_map, dim=-1)).sum().item(), rel=2e-6)
+    assert distance == pytest.approx(
+        (1 - F.cosine_similarity(predicted.float(), target @ tok.target_map, dim=-1)).sum().item(), rel=2e-6)
 
 @pytest.mark.parametrize("targets", ["whiten", "centre", "raw"])
 def test_targets_of_distillation(targets, toy, teacher, tmp_path):
     train_tokenizer.main(data=toy, teacher=teacher, out_dir=str(tmp_path), targets=targets, max_steps=1, **DISTIL)
     tok, encoder = load_tokenizer(tmp_path / "tokenizer_iter2.pt"), load(teacher)
     pack = data.Pack(toy)
-    x = torch.cat([encoder.features(torch.from_numpy(pack.audio(i)[None] / np.float32(32768)))[0][0] for i in range(len(pack))]).detach()
+    x = torch.cat([encoder.features(torch.from_numpy(pack.audio(i)[None] / np.float32(32768)))[0][0]
+                   for i in range(len(pack))]).detach()
     y = (x - tok.target_mean) @ tok.target_map
     other = "raw" if targets == "centre" else "centre"
     with pytest.raises(common.UserError, match=f"was begun with --targets {targets}"):
@@ -395,8 +402,8 @@ def test_what_a_teacher_teaches(random_encoder, toy):
 
 def test_classifiers_have_no_layers_to_choose_from(toy, tmp_path, random_encoder):
     model = Classifier(random_encoder, ["a", "b"])
-    torch.save(dict(kind="classifier", encoder=dataclasses.asdict(MICRO), labels=model.labels, multilabel=False, model=model.state_dict()),
-               tmp_path / "c.pt")
+    torch.save(dict(kind="classifier", encoder=dataclasses.asdict(MICRO), labels=model.labels, multilabel=False,
+                    model=model.state_dict()), tmp_path / "c.pt")
     with pytest.raises(common.UserError, match="--teacher_layers mean is for pre-trained teachers"):
         train_tokenizer.main(data=toy, teacher=str(tmp_path / "c.pt"), out_dir=str(tmp_path), teacher_layers="mean", **DISTIL)
 
@@ -404,7 +411,8 @@ def test_validation_and_a_loud_warning_on_collapse(toy, teacher, tmp_path, capsy
     run = lambda **flags: train_tokenizer.main(data=toy, teacher=teacher, out_dir=str(tmp_path), eval_every=4, **{**DISTIL, **flags})
     result = run(max_steps=4)
     assert "collaps" not in capsys.readouterr().out
-    assert result["valid_codes_used"] + result["valid_dead_codes"] == 64 and 1 <= result["valid_perplexity"] <= result["valid_codes_used"]
+    assert (result["valid_codes_used"] + result["valid_dead_codes"] == 64
+            and 1 <= result["valid_perplexity"] <= result["valid_codes_used"])
     lines = [json.loads(line) for line in open(tmp_path / "tokenizer_iter2.jsonl")]
     assert all({"cosine", "commitment", "codes_used", "dead_codes", "perplexity"} <= line.keys() for line in lines if "cosine" in line)
     run(max_steps=20, lr=1.0, revive=0.0)                   # absurd, and told within the first lines
@@ -416,20 +424,23 @@ def test_a_small_tokenizer_labels_for_a_larger_model(ragged, teacher, tmp_path, 
     train_tokenizer.main(data=ragged, teacher=teacher, out_dir=str(tmp_path / "small"), max_steps=2, **DISTIL)
     monkeypatch.setitem(PRESETS, "wide", dataclasses.replace(MICRO, layers=3, dim=64, ffn=128, heads=4))
     labels = str(tmp_path / "small/tokenizer_iter2.pt")
-    result = train_mam.main(data=ragged, out_dir=str(tmp_path / "wide"), model="wide", tokenizer=labels, max_steps=3, batch_seconds=20.0,
-                            predictor_blocks=1, device="cpu")
+    result = train_mam.main(data=ragged, out_dir=str(tmp_path / "wide"), model="wide", tokenizer=labels, max_steps=3,
+                            batch_seconds=20.0, predictor_blocks=1, device="cpu")
     assert result["step"] == 3 and np.isfinite(result["valid_loss"]) and load(tmp_path / "wide/mam_iter1.pt").cfg.dim == 64
     assert not (tmp_path / "wide/tokenizer_iter1.pt").exists()              # no random projection was made
     pack = data.Pack(ragged)
     wav, lengths = data.pad_batch([pack.audio(i) / np.float32(32768) for i in range(24)])
-    assert 1 < result["codes_used"] < len(load_tokenizer(labels).encode(wav, lengths).unique())     # the labels are its codes, -1 is none
+    # the labels are its codes, -1 is none
+    assert 1 < result["codes_used"] < len(load_tokenizer(labels).encode(wav, lengths).unique())
 
 @pytest.mark.slow
 def test_the_recipe_of_all_iterations_goes_on_where_it_stopped(ragged, tmp_path):
     small = "--batch_seconds 8 --max_steps 2 --warmup_steps 1 --device cpu"
-    env = os.environ | dict(OMP_NUM_THREADS="1", OUT=str(tmp_path), MAM=f"{small} --predictor_blocks 1", TOKENIZER=f"{small} --codes 32 --code_dim 8", FINETUNE=small,
+    env = os.environ | dict(OMP_NUM_THREADS="1", OUT=str(tmp_path), MAM=f"{small} --predictor_blocks 1",
+                            TOKENIZER=f"{small} --codes 32 --code_dim 8", FINETUNE=small,
                             PATH=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
-    run = lambda **more: subprocess.run(["runs/iterations.sh", ragged, ragged, "2"], cwd=ROOT, env=env | more, capture_output=True, text=True, timeout=600)
+    run = lambda **more: subprocess.run(["runs/iterations.sh", ragged, ragged, "2"], cwd=ROOT, env=env | more,
+                                        capture_output=True, text=True, timeout=600)
     broken = run(FINETUNE="--max_steps 0")
     assert broken.returncode and "--max_steps 0: has to be above 0" in broken.stderr and (tmp_path / "mam_iter3.pt").exists()
     ckpt = torch.load(tmp_path / "mam_iter3.pt", weights_only=True)         # as if interrupted after the first of two steps
