@@ -83,11 +83,11 @@ def fbank(wav: torch.Tensor) -> torch.Tensor:
         x = (wav.float() * 2**15).unfold(1, FRAME, HOP)                         # (B, N, 400)
         x = x - x.mean(-1, keepdim=True)
         # pre-emphasis within the frame; its first sample is left out, for there the window is 0
-        x = torch.sub(x[..., 1:], x[..., :-1], alpha=0.97) * window[1:]
-        x = torch.view_as_real(torch.fft.rfft(x, n=512)).square()               # (B, N, 257, 2)
+        x = torch.sub(x[..., 1:], x[..., :-1], alpha=0.97).mul_(window[1:])
+        x = torch.view_as_real(torch.fft.rfft(x, n=512)).square_()              # (B, N, 257, 2)
         x = x[..., 0] + x[..., 1]
         x = torch.cat([x[..., low:high] @ bank for low, high, bank in banks], -1)       # (B, N, 128)
-        return x.clamp(min=torch.finfo(torch.float32).eps).log()
+        return x.clamp_(min=torch.finfo(torch.float32).eps).log_()
 
 def patchify(x: torch.Tensor) -> torch.Tensor:
     """(B, N, 128) frames -> (B, N // 16 * 8, 256) patches, time-major; frames beyond the last whole row are dropped."""
@@ -382,7 +382,8 @@ class Encoder(nn.Module):
             x = take(patches, keep.clamp(max=T - 1))
             x = self.input_dropout(self.proj(self.ln_patch(self.patch(x))))             # (B, K, D)
             # as dropout does, kept tokens make up for the others: else the convolution answers 4 times louder when all are there
-            share = keep.shape[1] / T if valid is None else (keep < T).sum(1).clamp(min=1)[:, None, None] / valid.sum(1).clamp(min=1)[:, None, None]
+            share = (keep.shape[1] / T if valid is None
+                     else (keep < T).sum(1).clamp(min=1)[:, None, None] / valid.sum(1).clamp(min=1)[:, None, None])
             grid = put(x / share, keep, T + 1)[:, :T]       # place T takes the surplus and is cut off
             x = x + take(self.conv_position(grid), keep.clamp(max=T - 1))
             valid = None if valid is None else keep < T
@@ -548,7 +549,8 @@ class Classifier(nn.Module):
         place = {mid: i for i, mid in enumerate(self.labels)}
         missing = [mid for _, mid, _ in rows if mid not in place]
         if missing or len(rows) != len(place):
-            raise CheckpointError(f"{class_csv}: its {len(rows)} classes are not the model's {len(place)}" + (f"; {missing[0]} is not there" if missing else ""))
+            raise CheckpointError(f"{class_csv}: its {len(rows)} classes are not the model's {len(place)}"
+                                  + (f"; {missing[0]} is not there" if missing else ""))
         order = [place[mid] for _, mid, _ in sorted(rows)]
         with torch.no_grad():
             self.head.weight.copy_(self.head.weight[order].clone())
