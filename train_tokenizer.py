@@ -7,8 +7,9 @@ Distil a teacher into an acoustic tokenizer: its codes must let an estimator pre
 
 Writes out/tokenizer_iter<k>.pt, the labels of train_mam.py --iter k, and .jsonl. The loss is 1 - cosine to the teacher's
 features plus beta times the squared distance of the encoder's vectors to their codes, over valid tokens. Glossary: cosine
-to the teacher's features, as --targets makes them; commitment: squared distance; codes_used, dead_codes, perplexity: since the last log line;
-revived: codes put to new use since then; mfu: see train_mam.py. `python report.py out/tokenizer_iter2.pt --data PACK` says what the codes are worth.
+to the teacher's features, as --targets makes them; commitment: squared distance; codes_used, dead_codes, perplexity: since
+the last log line; revived: codes put to new use since then; mfu: see train_mam.py.
+`python report.py out/tokenizer_iter2.pt --data PACK` says what the codes are worth.
 """
 import contextlib
 import dataclasses
@@ -28,13 +29,15 @@ from tokenizer import SelfDistilledTokenizer, code_use, is_silent, moments, toke
 
 # Table 4 of the paper, by teacher; batches in seconds of audio over all devices
 TABLE_4 = {
-    "ssl": dict(lr=5e-5, batch_seconds=1400.0, max_steps=400_000, warmup_steps=32_000, dropout=0.1, weight_decay=0.01, crop_seconds=0.0),
-    "sl": dict(lr=5e-4, batch_seconds=1400.0, max_steps=400_000, warmup_steps=32_000, dropout=0.1, weight_decay=0.01, crop_seconds=0.0),
+    "ssl": dict(lr=5e-5, batch_seconds=1400.0, max_steps=400_000, warmup_steps=32_000, dropout=0.1, weight_decay=0.01,
+                crop_seconds=0.0),
+    "sl": dict(lr=5e-4, batch_seconds=1400.0, max_steps=400_000, warmup_steps=32_000, dropout=0.1, weight_decay=0.01,
+               crop_seconds=0.0),
 }
 
 @dataclass
 class Config:
-    preset: str = ""                # ssl | sl: the paper's values for a self-supervised or supervised teacher; flags typed go before it
+    preset: str = ""                # ssl | sl: the paper's values for a self-supervised or supervised teacher; flags typed win
     iter: int = 2                   # iteration of the tokenizer; its teacher is mam_iter<k-1>.pt
     data: str = ""                  # packs and their shares of the sampled seconds, packs/a:0.7,packs/b:0.3; none = toy sounds
     teacher: str = ""               # another teacher: an encoder, or a classifier for its token logits; ours or released
@@ -46,9 +49,10 @@ class Config:
     codes: int = 1024               # size of the codebook
     code_dim: int = 256             # width of a code
     estimator_blocks: int = 3       # transformer blocks from codes to features
-    targets: str = "centre"         # centre | whiten | raw: teacher's features less their mean, as whitened components, or as they are
+    targets: str = "centre"         # centre | whiten | raw: teacher's features less their mean, whitened, or as they are
     beta: float = 1.0               # weight of the commitment loss
     decay: float = 0.99             # of the codebook's moving average
+    disturb: float = 0.0            # share of the clips that the tokenizer hears at another level and with noise; the teacher never does
     revive: float = 0.1             # codes used less than this share of the average start anew, 0 = never
     crop_seconds: float = 2.56      # random crops of this length, 0 = whole clips
     batch_seconds: float = 41.0     # audio per step, all ranks together
@@ -69,10 +73,20 @@ class Config:
     save_every: int = 250           # steps between checkpoints
     resume: bool = False            # continue out/tokenizer_iter<k>.pt
 
+def disturb(wav, chance, share):
+    """A share of the clips 10 dB softer to 10 dB louder, each with its neighbour in the batch 0 to 20 dB below it.
+
+    wav: (B, n); chance: (B, 3) uniform in [0, 1)."""
+    which, gain, snr = chance.T[..., None]                                      # (B, 1) each
+    other, power = wav.roll(1, 0), wav.square().mean(1, keepdim=True)
+    noise = other * (power / power.roll(1, 0).clamp(min=1e-12) * 10**(-2 * snr)).sqrt()
+    return torch.where(which < share, 10**(gain - 0.5) * (wav + noise), wav)
+
 @torch.no_grad()
-def prepare(batch, encoder, teacher, layers="last"):
+def prepare(batch, encoder, teacher, layers="last", disturbed=0.0):
     """Waveforms -> patches (B, T, 256), valid (B, T), teacher's features (B, T, width) in float32, silent (B, T)."""
     features = fbank(batch["wav"])
+    heard = fbank(disturb(batch["wav"], batch["noise"][:, :3], disturbed)) if disturbed else features
     valid = valid_tokens(batch["lengths"], batch["wav"].shape[1])
     trunk = teacher.encoder if isinstance(teacher, Classifier) else teacher
     real = None if batch.get("full") else valid                                 # no padding: attention need not look for it
@@ -80,7 +94,7 @@ def prepare(batch, encoder, teacher, layers="last"):
     target = torch.stack(states).mean(0) if layers == "mean" else states[-1]
     if isinstance(teacher, Classifier):
         target = teacher.head(states[-1])
-    return patchify(encoder.normalise(features)), valid, target.float(), is_silent(features)
+    return patchify(encoder.normalise(heard)), valid, target.float(), is_silent(features)
 
 def losses(model, patches, valid, target):
     """Sums over valid tokens of 1 - cosine and of the commitment, and z (B, T, d), codes (B, T)."""
@@ -108,8 +122,9 @@ def evaluate(model, teacher, batches, cfg, device):
     model.train()
     distance, commitment, n = all_sum(total).tolist()
     use = code_use(all_sum(counts).cpu())
-    return dict(valid_cosine=1 - distance / max(n, 1), valid_commitment=commitment / max(n, 1), valid_codes_used=use["codes_used"],
-                valid_dead_codes=cfg.codes - use["codes_used"], valid_perplexity=use["perplexity"], entropy_given_band=use["entropy_given_band"])
+    return dict(valid_cosine=1 - distance / max(n, 1), valid_commitment=commitment / max(n, 1),
+                valid_codes_used=use["codes_used"], valid_dead_codes=cfg.codes - use["codes_used"],
+                valid_perplexity=use["perplexity"], entropy_given_band=use["entropy_given_band"])
 
 def main(**flags):
     # configuration: defaults < preset < checkpoint < flags typed
@@ -120,7 +135,8 @@ def main(**flags):
         cfg = Config(**{**ckpt["config"], **flags})
         if cfg.targets != ckpt["config"]["targets"]:
             raise UserError(f"{path} was begun with --targets {ckpt['config']['targets']}; type the same to resume")
-    common.positive(cfg, "codes", "code_dim", "estimator_blocks", "batch_seconds", "max_steps", "log_every", "eval_every", "save_every")
+    common.positive(cfg, "codes", "code_dim", "estimator_blocks", "batch_seconds", "max_steps", "log_every", "eval_every",
+                    "save_every")
     rank, world, device = common.setup(cfg.device, cfg.seed)
     log = common.Log(path.replace(".pt", ".jsonl"))
 
@@ -132,18 +148,20 @@ def main(**flags):
     teacher = load(teacher_path).to(device).requires_grad_(False)
     trunk = teacher.encoder if isinstance(teacher, Classifier) else teacher
     if isinstance(teacher, Classifier) and cfg.teacher_layers != "last":
-        raise UserError(f"--teacher_layers {cfg.teacher_layers} is for pre-trained teachers; {teacher_path} is a classifier and teaches its logits")
+        raise UserError(f"--teacher_layers {cfg.teacher_layers} is for pre-trained teachers; {teacher_path} is a classifier "
+                        "and teaches its logits")
 
     # data
     packs, weights = data.open_packs(cfg.data or f"{cfg.out_dir}/toy")
     if ckpt and ckpt["packs"] != [pack.info["id"] for pack in packs]:
-        raise UserError(f"{path} was begun on other sounds than those of --data {cfg.data or 'toy'}; resume on the same packs, or begin anew without --resume")
+        raise UserError(f"{path} was begun on other sounds than those of --data {cfg.data or 'toy'}; resume on the same packs, "
+                        "or begin anew without --resume")
     rows = round(cfg.crop_seconds * data.SAMPLE_RATE / data.ROW)
     crop = rows * data.ROW + data.FRAME - data.HOP if rows else 0
     train, valid = data.hold_out(packs, seed=cfg.seed)
     clips = data.Clips(packs, crop)
-    plan = lambda epoch: data.epoch_batches(clips.samples, cfg.batch_seconds * data.SAMPLE_RATE * (crop / (rows * data.ROW) if rows else 1),
-                                            (cfg.seed, epoch), train, weights, multiple=world)
+    batch_samples = cfg.batch_seconds * data.SAMPLE_RATE * (crop / (rows * data.ROW) if rows else 1)
+    plan = lambda epoch: data.epoch_batches(clips.samples, batch_samples, (cfg.seed, epoch), train, weights, multiple=world)
 
     # model
     if ckpt:
@@ -168,14 +186,16 @@ def main(**flags):
     else:
         common.keep_old(path)
     model.codebook.decay = cfg.decay
-    log(f"tokenizer {cfg.iter}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {cfg.codes} codes of {cfg.code_dim}, "
-        f"teacher {teacher_path} ({'token logits' if isinstance(teacher, Classifier) else cfg.teacher_layers + ' layer'}, {width} wide)")
+    what = "token logits" if isinstance(teacher, Classifier) else cfg.teacher_layers + " layer"
+    log(f"tokenizer {cfg.iter}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {cfg.codes} codes "
+        f"of {cfg.code_dim}, teacher {teacher_path} ({what}, {width} wide)")
 
     # start of the codebook; mean and principal components of the teacher's features
     fixed = lambda *args: data.fixed_batches(clips, args[0], min(cfg.batch_seconds, 100.0 * world), cfg.seed, *args[1:])
     mine = slice(rank, None, world)
     if not ckpt:
-        x, y, most = [torch.zeros(0, shape.dim, device=device)], [torch.zeros(0, width, device=device)], 100_000 // world      # a rank may have none
+        x, y = [torch.zeros(0, shape.dim, device=device)], [torch.zeros(0, width, device=device)]       # a rank may have none
+        most = 100_000 // world
         model.eval()
         with torch.no_grad(), autocast(device, cfg.dtype):
             for batch in tqdm(fixed(train, 32, 0, mine), desc="k-means sample", leave=False, disable=True if rank else None):
@@ -190,7 +210,7 @@ def main(**flags):
         if cfg.targets == "whiten":
             model.target_map.copy_(matrix)
         model.start_(chosen(x), cfg.targets == "whiten")
-    flops, rate = 0.0, 1.0                      # of a second of audio: teacher once, model three times for its backward pass; of all devices
+    flops, rate = 0.0, 1.0          # of a second of audio: teacher once, model three times for its backward pass; of all devices
     if rank == 0:
         batch = data.to_device(next(iter(fixed(train, 1, 0, mine))), device)
         with torch.no_grad(), autocast(device, cfg.dtype):
@@ -202,7 +222,8 @@ def main(**flags):
 
     # training
     if ckpt and (ckpt["world"], ckpt["config"]["batch_seconds"]) != (world, cfg.batch_seconds):
-        log("other ranks or batches than before: the rest of this epoch is dealt out anew, so some clips come twice and some not at all")
+        log("other ranks or batches than before: the rest of this epoch is dealt out anew, so some clips come twice and some "
+            "not at all")
     valid_batches = fixed(valid, None, 1, mine)
     stream = data.Stream(plan, cfg.seed, place, rank, world)
     batches = iter(data.Loader(clips, stream, cfg.workers))
@@ -223,7 +244,7 @@ def main(**flags):
         for i, part in enumerate(parts):
             with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else ddp.no_sync():
                 with autocast(device, cfg.dtype):
-                    patches, ok, target, silent = prepare(part, model.encoder, teacher, cfg.teacher_layers)
+                    patches, ok, target, silent = prepare(part, model.encoder, teacher, cfg.teacher_layers, cfg.disturb)
                     distance, commitment, part_z, part_codes = losses(ddp, patches, ok, target)
                 ((distance + cfg.beta * commitment) * world / count).float().backward()     # DDP divides by world
             z.append(part_z.flatten(0, 1))
@@ -244,11 +265,13 @@ def main(**flags):
             distance, commitment, n = all_sum(window).tolist()
             use = code_use(all_sum(counts)[None].cpu())
             log(step=done, cosine=1 - distance / n, commitment=commitment / n, codes_used=use["codes_used"],
-                dead_codes=cfg.codes - use["codes_used"], perplexity=use["perplexity"], revived=int(revived), lr=optimizer.param_groups[0]["lr"],
-                x_realtime=seen / (time.time() - began), mfu=flops * seen / (time.time() - began) / rate, epoch=place[0])
+                dead_codes=cfg.codes - use["codes_used"], perplexity=use["perplexity"], revived=int(revived),
+                lr=optimizer.param_groups[0]["lr"], x_realtime=seen / (time.time() - began),
+                mfu=flops * seen / (time.time() - began) / rate, epoch=place[0])
             if use["perplexity"] < 0.05 * cfg.codes:
-                log(f"WARNING: the codebook is collapsing, {use['codes_used']} of {cfg.codes} codes in use, perplexity {use['perplexity']:.1f}; "
-                    "stop this run and try a lower --lr, a longer --warmup_steps, a higher --revive, or --from_teacher")
+                log(f"WARNING: the codebook is collapsing, {use['codes_used']} of {cfg.codes} codes in use, perplexity "
+                    f"{use['perplexity']:.1f}; stop this run and try a lower --lr, a longer --warmup_steps, a higher --revive, "
+                    "or --from_teacher")
             window, counts, revived, seen, began = torch.zeros_like(window), torch.zeros_like(counts), 0, 0.0, time.time()
         paused, step = time.time(), done
         if stop.now(done, device):
