@@ -23,6 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from model import CheckpointError, read_checkpoint
 
+STARTED = time.time()
+
 class UserError(ValueError):
     """A mistake that the message explains: what is wrong, in which file, what to do."""
 
@@ -259,17 +261,17 @@ class Stop:
 # log
 
 class Log:
-    """Rank 0: one line for people, one JSON line in `path` with the same keys. Numbers as given."""
+    """Rank 0: one line for people, one JSON line in `path` with the same keys, and the minutes since the command began."""
 
     def __init__(self, path):
-        self.path, self.start = Path(path), time.time()
+        self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, text="", **values):
         if rank():
             return
         if values:
-            values["minutes"] = (time.time() - self.start) / 60
+            values["minutes"] = (time.time() - STARTED) / 60
             with open(self.path, "a") as f:
                 f.write(json.dumps(values) + "\n")
             text = (text + " " if text else "") + "  ".join(

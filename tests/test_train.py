@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -327,6 +328,12 @@ def test_an_interrupt_saves_and_says_so(toy, tmp_path, workers):
 def test_learning_rates():
     assert [lr_at(s, 1.0, 4, 10) for s in (0, 3, 4, 7, 10)] == [0.25, 1.0, 1.0, 0.5, 0.0]
     assert lr_at(7, 1.0, 4, 10, "cosine") == pytest.approx(0.5) and lr_at(4, 1.0, 4, 10, "cosine") == 1.0
+
+def test_minutes_count_from_the_start_of_the_command(tmp_path, monkeypatch):
+    """Also in a log that is opened later, as for the scores of each fold."""
+    monkeypatch.setattr(common, "STARTED", time.time() - 90)
+    common.Log(tmp_path / "x.jsonl")(step=1)
+    assert json.loads((tmp_path / "x.jsonl").read_text())["minutes"] == pytest.approx(1.5, abs=0.01)
 
 def test_weight_decay_is_for_matrices_only():
     encoder = Encoder(MICRO)
