@@ -26,12 +26,13 @@ import torch
 
 import common
 import data
+import finetune
 import model
 import peers
 import train_mam
 import train_tokenizer
 from common import UserError, autocast
-from model import PRESETS, Classifier, Encoder, MaskedAudioModel, fbank, patchify, random_mask, valid_tokens
+from model import FRAME, HOP, PRESETS, Classifier, Encoder, MaskedAudioModel, fbank, patchify, random_mask, valid_tokens
 from tokenizer import RandomProjectionTokenizer, SelfDistilledTokenizer
 
 @dataclass
@@ -149,7 +150,13 @@ def pieces_of(size, cfg, device):
     vectors = {}
     projection = RandomProjectionTokenizer().to(device)
     distilled = lambda: SelfDistilledTokenizer(Encoder(PRESETS[size]), target_width=frozen.cfg.dim)
-    classify = lambda model: model(*model.encoder.patches(wav, lengths)).float().square().mean()
+    recipe, random = finetune.Config(**finetune.TASKS["as2m"]), torch.Generator().manual_seed(0)
+    def classify(model):
+        heard, samples, targets = finetune.augment(batch, torch.zeros(B, 50, device=device), recipe, random)
+        chance = torch.rand(B, 2, 2, generator=random).to(device)
+        features = model.encoder.normalise(fbank(heard))
+        features = finetune.spec_augment(features, 1 + (samples - FRAME) // HOP, recipe.spec_augment, chance)
+        return finetune.classification_loss(model(patchify(features)).float(), targets, recipe) / B
     make = dict(
         fbank=lambda: lambda: fbank(wav),
         patches=lambda: lambda: patchify(encoder.normalise(features)),

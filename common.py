@@ -2,7 +2,6 @@
 import argparse
 import ctypes
 import dataclasses
-import gc
 import inspect
 import json
 import math
@@ -51,14 +50,17 @@ def parse(Config, doc, argv=None) -> dict:
 def run(main, Config, doc):
     """Call main with the flags typed; a user's mistake ends in one line on stderr, anything else in a traceback."""
     flags = parse(Config, doc)
+    message = None
     try:
         main(**flags)
     except (UserError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+        message = f"error: {error}"
     except KeyboardInterrupt:
-        sys.exit("interrupted; the last checkpoint, if any, is whole")
-    finally:
-        leave()
+        message = "interrupted; the last checkpoint, if any, is whole"
+    except SystemExit as stop:
+        message = stop.code
+    leave()             # not in a `finally`: there the exception still holds main's model, which holds the group
+    sys.exit(message)
 
 def positive(cfg, *names):
     """UserError unless these fields are above zero."""
@@ -95,7 +97,6 @@ def setup(device="auto", seed=0):
 def leave():
     """Leave the group, if any, and end its threads: one that outlives the interpreter aborts a rank whose work is done (gloo)."""
     if dist.is_initialized():
-        gc.collect()                # DDP modules, which hold the group
         dist.destroy_process_group()
 
 def keep_memory():
@@ -261,7 +262,7 @@ class Stop:
 # log
 
 class Log:
-    """Rank 0: one line for people, one JSON line in `path` with the same keys, and the minutes since the command began."""
+    """Rank 0: one line for people, one JSON line in `path` with the same keys, and the minutes since the program began."""
 
     def __init__(self, path):
         self.path = Path(path)

@@ -368,13 +368,13 @@ def augment(batch, targets, cfg, generator):
     wav, lengths = batch["wav"], batch["lengths"]
     B, n = wav.shape
     if cfg.roll:
-        shift = (torch.rand(B, generator=generator).to(wav.device) * lengths).long()
+        shift = (torch.rand(B, generator=generator).to(wav.device, non_blocking=True) * lengths).long()
         place = torch.arange(n, device=wav.device)[None]
         wav = wav.gather(1, torch.where(place < lengths[:, None], (place - shift[:, None]) % lengths[:, None], place))
     if cfg.mixup:
         gamma = torch._standard_gamma(torch.full((2, B), cfg.mixup), generator)         # Beta(a, a) = G1 / (G1 + G2)
-        share = (gamma[0] / gamma.sum(0))[:, None].to(wav.device)
-        other = torch.randperm(B, generator=generator).to(wav.device)
+        share = (gamma[0] / gamma.sum(0))[:, None].to(wav.device, non_blocking=True)
+        other = torch.randperm(B, generator=generator).to(wav.device, non_blocking=True)
         wav = share * wav + (1 - share) * wav[other]
         targets = share * targets + (1 - share) * targets[other]
         lengths = torch.maximum(lengths, lengths[other])
@@ -482,15 +482,15 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
         for group in optimizer.param_groups:
             group["lr"] = group["times"] * lr
         batch = next(batches)
-        truth = targets[batch["clip"]].float().to(device)
+        truth = targets[batch["clip"]].float().to(device, non_blocking=True)
         batch = data.to_device(batch, device)
         wav, lengths, truth = augment(batch, truth, cfg, generator)
         # of SpecAug, the same for any split into parts; of patchout, the same on any rank
-        chance = torch.rand(len(wav), 2, 2, generator=generator).to(device)
+        chance = torch.rand(len(wav), 2, 2, generator=generator).to(device, non_blocking=True)
         noise = F.pad(batch["noise"], (0, num_tokens(max(wav.shape[1], MIN_SAMPLES)) - batch["noise"].shape[1]))
         size = max(1, int(cfg.device_seconds * data.SAMPLE_RATE // wav.shape[1])) if cfg.device_seconds else len(wav)
         parts = list(zip(wav.split(size), lengths.split(size), truth.split(size), chance.split(size), noise.split(size)))
-        count = all_sum(torch.tensor(float(len(wav)), device=device))
+        count = all_sum(torch.full((), float(len(wav)), device=device))
         for i, (wav, lengths, truth, chance, noise) in enumerate(parts):
             wav, real = prepare_clips(wav, lengths)
             x = encoder.normalise(fbank(wav))
@@ -507,7 +507,7 @@ def finetune(cfg, flags, pack, fold, stem, splits, targets):
                     logits = ddp(*inputs)
                 loss = classification_loss(logits.float(), truth, cfg)
                 (loss * world / count).backward()                               # DDP divides by world
-            window += torch.stack([loss.detach(), (logits.argmax(1) == truth.argmax(1)).sum(), loss.new_tensor(len(wav))])
+            window += torch.stack([loss.detach(), (logits.argmax(1) == truth.argmax(1)).sum(), loss.new_full((), len(wav))])
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -139,7 +139,7 @@ class Codebook(nn.Module):
         A code chosen less than `revive` times as often as the average one is put on a random vector, of any rank's batch, and
         its average starts anew; 0 = never (the released code). Returns how many were, a tensor: nothing here waits for the device.
         """
-        K, z = len(self.weight), F.pad(z.float(), (0, 1), value=1.0) * use[:, None]
+        K, z = len(self.weight), F.pad(z.float(), (0, 1), value=1.0).masked_fill(~use[:, None], 0)
         both = all_sum(z.new_zeros(K, z.shape[1]).index_add_(0, codes, z))
         sums, counts = both[:, :-1], both[:, -1]
         average = counts.sum() / K

@@ -52,7 +52,7 @@ class Config:
     targets: str = "centre"         # centre | whiten | raw: teacher's features less their mean, whitened, or as they are
     beta: float = 1.0               # weight of the commitment loss
     decay: float = 0.99             # of the codebook's moving average
-    disturb: float = 0.0            # share of the clips that the tokenizer hears at another level and with noise; the teacher never does
+    disturb: float = 0.0            # share of the clips that the tokenizer, not the teacher, hears at another level and noisy
     revive: float = 0.1             # codes used less than this share of the average start anew, 0 = never
     crop_seconds: float = 2.56      # random crops of this length, 0 = whole clips
     batch_seconds: float = 41.0     # audio per step, all ranks together
@@ -73,20 +73,20 @@ class Config:
     save_every: int = 250           # steps between checkpoints
     resume: bool = False            # continue out/tokenizer_iter<k>.pt
 
-def disturb(wav, chance, share):
-    """A share of the clips 10 dB softer to 10 dB louder, each with its neighbour in the batch 0 to 20 dB below it.
+def disturb(wav, lengths, chance, share):
+    """A share of the clips 10 dB softer to 10 dB louder, and with themselves played backwards 0 to 20 dB below.
 
-    wav: (B, n); chance: (B, 3) uniform in [0, 1)."""
+    wav: (B, n); lengths: (B,); chance: (B, 3) uniform in [0, 1). A clip becomes the same in any batch.
+    """
     which, gain, snr = chance.T[..., None]                                      # (B, 1) each
-    other, power = wav.roll(1, 0), wav.square().mean(1, keepdim=True)
-    noise = other * (power / power.roll(1, 0).clamp(min=1e-12) * 10**(-2 * snr)).sqrt()
-    return torch.where(which < share, 10**(gain - 0.5) * (wav + noise), wav)
+    backwards = wav.gather(1, (lengths[:, None] - 1 - torch.arange(wav.shape[1], device=wav.device)).clamp(min=0))
+    return torch.where(which < share, 10**(gain - 0.5) * (wav + 10**-snr * backwards), wav)
 
 @torch.no_grad()
 def prepare(batch, encoder, teacher, layers="last", disturbed=0.0):
     """Waveforms -> patches (B, T, 256), valid (B, T), teacher's features (B, T, width) in float32, silent (B, T)."""
     features = fbank(batch["wav"])
-    heard = fbank(disturb(batch["wav"], batch["noise"][:, :3], disturbed)) if disturbed else features
+    heard = fbank(disturb(batch["wav"], batch["lengths"], batch["noise"][:, :3], disturbed)) if disturbed else features
     valid = valid_tokens(batch["lengths"], batch["wav"].shape[1])
     trunk = teacher.encoder if isinstance(teacher, Classifier) else teacher
     real = None if batch.get("full") else valid                                 # no padding: attention need not look for it
@@ -137,6 +137,8 @@ def main(**flags):
             raise UserError(f"{path} was begun with --targets {ckpt['config']['targets']}; type the same to resume")
     common.positive(cfg, "codes", "code_dim", "estimator_blocks", "batch_seconds", "max_steps", "log_every", "eval_every",
                     "save_every")
+    if not 0 <= cfg.disturb <= 1:
+        raise UserError(f"--disturb {cfg.disturb}: a share, from 0 to 1")
     rank, world, device = common.setup(cfg.device, cfg.seed)
     log = common.Log(path.replace(".pt", ".jsonl"))
 

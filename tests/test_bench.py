@@ -25,7 +25,8 @@ def test_every_piece_is_timed_and_counted(tmp_path, capsys):
 
 @pytest.mark.parametrize("piece", ["fbank", "encoder", "mam", "mam2", "mam2-live", "tokenizer", "finetune"])
 def test_no_step_waits_for_the_device(piece, monkeypatch):
-    """On the device "meta" there are shapes and no numbers: asking it for one (.item(), nonzero, a boolean index) is an error."""
+    """On the device "meta" there are shapes and no numbers: asking it for one (.item(), nonzero, x[mask]) is an error. It does not
+    see copies to the device that wait."""
     # unknown to it, as are fused kernels
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
     monkeypatch.setattr(common, "make_optimizer", lambda model, lr, decay: torch.optim.AdamW(model.parameters(), lr))

@@ -196,12 +196,13 @@ def test_ranks_give_the_gradient_of_one_in_fine_tuning(toy, loop, tmp_path):
 CODEBOOKS = """
 import sys; sys.path.insert(0, {root!r}); sys.path.insert(0, {root!r} + "/tests")
 import torch, torch.distributed as dist, common, conftest, train_tokenizer, tokenizer
-seen, update = [], tokenizer.Codebook.update_
+seen, revived, update = [], [], tokenizer.Codebook.update_
 def spy(self, *args):
-    result = update(self, *args); seen.append(torch.cat([self.weight.flatten(), self.cluster_size])); return result
+    result = update(self, *args); revived.append(int(result)); seen.append(torch.cat([self.weight.flatten(), self.cluster_size])); return result
 tokenizer.Codebook.update_ = spy
 train_tokenizer.main(data={toy!r}, out_dir={out!r}, teacher={teacher!r}, max_steps=8, codes=64, code_dim=16, estimator_blocks=1,
-                     batch_seconds=20.0, revive=0.9, warmup_steps=1, device="cpu")
+                     batch_seconds=20.0, revive=0.95, warmup_steps=1, device="cpu")
+assert sum(revived) > 0, "no code was revived"
 for mine in seen:
     first = mine.clone(); dist.broadcast(first, 0); assert torch.equal(mine, first)
 assert not torch.equal(seen[0], seen[-1])
