@@ -469,11 +469,13 @@ def test_the_recipe_of_all_iterations_goes_on_where_it_stopped(ragged, tmp_path)
     first = os.path.getmtime(tmp_path / "mam_iter2.pt")
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("is finished") == 4 and "mam_iter3.pt" not in re.findall(r"(\S+) is finished", done.stdout)
+    assert done.stdout.count("is finished") == 5 and "mam_iter3.pt" not in re.findall(r"(\S+) is finished", done.stdout)
     assert re.findall(r"^\+ python (\S+) .*--resume", done.stdout, re.M) == ["train_mam.py"]
     assert os.path.getmtime(tmp_path / "mam_iter2.pt") == first
-    for name in ("mam_iter3.pt", "plus/mam_iter3.pt", "finetune_teacher_fold2.pt"):
+    for name in ("mam_iter3.pt", "plus/mam_iter3.pt", *(f"finetune_{name}_fold2.pt" for name in ("scratch", "mam_iter2", "mam_iter3plus"))):
         assert torch.load(tmp_path / name, weights_only=True)["step"] == 2
     assert torch.load(tmp_path / "plus/tokenizer_iter3.pt", weights_only=True)["tokenizer"]["target_width"] == 2      # class logits
     report = json.loads((tmp_path / "report.json").read_text())["tokenizers"]
-    assert len(report) == 6 and done.stdout.count("accuracy") >= 5
+    assert len(report) == 6 and set(re.findall(r"frozen probe of (\S+)", done.stdout)) == {"scratch", *(
+        f"{tmp_path}/{name}.pt" for name in ("mam_iter1", "mam_iter2", "mam_iter3", "plus/mam_iter3"))}
+    assert [done.stdout.count(f"{ragged}{kind} fold 2: accuracy") for kind in (" linear", "")] == [5, 5]     # the teacher once
