@@ -242,7 +242,7 @@ def main(**flags):
         batch = next(batches)
         parts = [data.to_device(part, device) for part in data.split_batch(batch, cfg.device_seconds or cfg.batch_seconds / world)]
         count = all_sum(sum(valid_tokens(part["lengths"], part["wav"].shape[1]).sum() for part in parts).double())
-        z, codes, use = [], [], []
+        z, codes, sounding = [], [], []
         for i, part in enumerate(parts):
             with contextlib.nullcontext() if world == 1 or i == len(parts) - 1 else ddp.no_sync():
                 with autocast(device, cfg.dtype):
@@ -251,14 +251,14 @@ def main(**flags):
                 ((distance + cfg.beta * commitment) * world / count).float().backward()     # DDP divides by world
             z.append(part_z.flatten(0, 1))
             codes.append(part_codes.flatten())
-            use.append((ok & ~silent).flatten())    # silence is not worth codes
+            sounding.append((ok & ~silent).flatten())       # silence is not worth codes
             window += torch.stack([distance.detach(), commitment.detach(), ok.sum()])
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        z, codes, use = torch.cat(z), torch.cat(codes), torch.cat(use)
-        revived += model.codebook.update_(z, codes, use, cfg.revive)
-        counts.index_add_(0, codes, use.float())
+        z, codes, sounding = torch.cat(z), torch.cat(codes), torch.cat(sounding)
+        revived += model.codebook.update_(z, codes, sounding, cfg.revive)
+        counts.index_add_(0, codes, sounding.float())
         place = stream.after(place)
         seen += len(batch["wav"]) * batch["wav"].shape[1] / data.SAMPLE_RATE * world
 

@@ -400,7 +400,7 @@ def test_what_a_teacher_teaches(random_encoder, toy):
         target = train_tokenizer.prepare(batch, Encoder(MICRO), teacher, layers)[2]
         assert torch.allclose(target, expect, atol=1e-5)
 
-def test_the_tokenizer_hears_disturbed_clips_and_the_teacher_clean_ones(random_encoder, toy):
+def test_the_tokenizer_hears_disturbed_clips_and_the_teacher_clean_ones(random_encoder, toy, teacher, tmp_path):
     """A share of them, 10 dB softer to louder, with themselves played backwards 0 to 20 dB below; padding aside, the same in any batch."""
     torch.manual_seed(0)
     lengths = torch.randint(2000, 3001, (400,))
@@ -420,6 +420,11 @@ def test_the_tokenizer_hears_disturbed_clips_and_the_teacher_clean_ones(random_e
     assert (clean[0] - dirty[0]).abs().mean() > 0.01
     with pytest.raises(common.UserError, match="--disturb 20.0: a share"):
         train_tokenizer.main(data=toy, disturb=20.0)
+    heads = []
+    for share in (0.0, 1.0):                                # the flag reaches the training
+        train_tokenizer.main(data=toy, teacher=teacher, out_dir=str(tmp_path / str(share)), disturb=share, **{**DISTIL, "max_steps": 1})
+        heads.append(torch.load(tmp_path / str(share) / "tokenizer_iter2.pt", weights_only=True)["optimizer"]["state"][0]["exp_avg"])
+    assert not torch.allclose(heads[0], heads[1])
 
 def test_classifiers_have_no_layers_to_choose_from(toy, tmp_path, random_encoder):
     model = Classifier(random_encoder, ["a", "b"])
