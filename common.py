@@ -1,5 +1,10 @@
-"""What must be identical in all training scripts to be correct: flags, ranks, optimizer, schedule, checkpoints, log."""
+"""
+What must be the same in every training script to be correct: flags, ranks, optimizer, schedule,
+checkpoints, log. Imports nothing of ours.
+"""
+
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import inspect
@@ -9,239 +14,384 @@ import os
 import platform
 import re
 import signal
+import statistics
 import sys
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn         # before any group: imported later, its default arguments would keep the group alive (leave)
-from torch.utils.flop_counter import FlopCounterMode
 
-import model
-from model import CheckpointError, read_checkpoint
+# before any group: imported later, its default arguments would keep the group alive (see leave)
+import torch.distributed.nn
+from tqdm import tqdm
 
 STARTED = time.time()
+
 
 class UserError(ValueError):
     """A mistake that the message explains: what is wrong, in which file, what to do."""
 
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used; the message names the file and says why."""
+
+
+def check(condition, message):
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 # -----------------------------------------------------------------------------
 # flags
 
-def parse(Config, doc, argv=None) -> dict:
-    """A dataclass as command line: --a_b or --a-b per field, its comment as help. Returns only the flags typed."""
+
+def parse(Config, doc, argv=None):
+    """Read a dataclass from the command line: --a_b or --a-b per field, its comment as help.
+
+    Returns a dict of the flags typed.
+    """
     comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     usage="%(prog)s [--flag value ...]")
+    parser = argparse.ArgumentParser(
+        description=doc,
+        usage="%(prog)s [--flag value ...]",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for field in dataclasses.fields(Config):
-        names = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
+        comment = comments.get(field.name, "")
         options = dict(dest=field.name, default=argparse.SUPPRESS)
-        text = f"{comments.get(field.name, '')} [{field.default!r}]".replace("%", "%%")
+        options["help"] = f"{comment} [{field.default!r}]".replace("%", "%%")
         if isinstance(field.default, bool):
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **options)
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            choices = re.match(r"((?:\w+ \| )+\w+)", comments.get(field.name, ""))
-            parser.add_argument(*names, type=type(field.default), help=text, metavar=field.name.upper(),
-                                choices=choices[1].split(" | ") if choices else None, **options)
+            options["type"] = type(field.default)
+            if choices := re.match(r"((?:\w+ \| )+\w+)", comment):
+                options["choices"] = choices[1].split(" | ")
+
+        names = [f"--{field.name}"]
+        if "_" in field.name:
+            names.append(names[0].replace("_", "-"))
+        parser.add_argument(*names, **options)
     return vars(parser.parse_args(argv))
 
+
 def run(main, Config, doc):
-    """Call main with the flags typed; a user's mistake ends in one line on stderr, anything else in a traceback."""
+    """Call main with the flags typed.
+
+    A user's mistake ends in one line on stderr, anything else in a traceback.
+    """
     flags = parse(Config, doc)
     message = None
     try:
         main(**flags)
-    except (UserError, CheckpointError) as error:
+    except UserError as error:
         message = f"error: {error}"
     except KeyboardInterrupt:
         message = "interrupted; the last checkpoint, if any, is whole"
     except SystemExit as stop:
         message = stop.code
-    leave()             # not in a `finally`: there the exception still holds main's model, which holds the group
+    leave()  # not in a `finally`: there the exception still holds main's model, which holds the group
     sys.exit(message)
 
+
 def positive(cfg, *names):
-    """UserError unless these fields are above zero."""
+    """Raise UserError unless these fields are above zero."""
     for name in names:
-        if getattr(cfg, name) <= 0:
-            raise UserError(f"--{name} {getattr(cfg, name)}: has to be above 0")
+        check(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: has to be above 0")
+
 
 # -----------------------------------------------------------------------------
 # ranks and devices
 
+
 def setup(device="auto", seed=0):
-    """Join the torchrun group, if any. Returns (rank, world, device); sets the seed."""
+    """Join the torchrun group, if any, and seed the global generator. Returns (rank, world, device)."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this torch sees no GPU; use --device cpu")
-    if seed < 0:
-        raise UserError(f"--seed {seed}: seeds are not negative")
-    if "RANK" in os.environ and device == "cuda":
+    check(
+        torch.cuda.is_available() or not device.startswith("cuda"),
+        f"--device {device}: this torch sees no GPU; use --device cpu",
+    )
+    check(seed >= 0, f"--seed {seed}: seeds are not negative")
+
+    ranks = "RANK" in os.environ  # torchrun sets it
+    if ranks and device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(device)
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
     else:
         keep_memory()
-    if "RANK" in os.environ and not dist.is_initialized():
-        if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
-        else:
-            dist.init_process_group("gloo")
+    if ranks and not dist.is_initialized():
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, device_id=device if cuda else None)
     torch.manual_seed(seed)
     return rank(), world(), device
 
+
 def leave():
-    """Leave the group, if any, and end its threads: one that outlives the interpreter aborts a rank whose work is done (gloo)."""
+    """Leave the group and end its threads.
+
+    A thread of gloo that outlives the interpreter aborts a rank whose work is done.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
 
+
 def keep_memory():
-    """On Linux, freed memory stays with the process instead of being mapped anew, page by page, at each step: a tenth of a CPU step."""
+    """Keep freed memory in the process instead of mapping it anew, page by page, at each step.
+
+    That is a tenth of a CPU step, on Linux.
+    """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)             # M_MMAP_MAX: large blocks from the heap, too
         libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD
 
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
+
 
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-def all_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum of x over ranks, in place."""
+
+def all_sum(x):
+    """Sum x over ranks, in place."""
     if world() > 1:
         dist.all_reduce(x)
     return x
 
+
 def barrier():
+    """Wait until all ranks are here."""
     if world() > 1:
         dist.barrier()
 
+
 def autocast(device, dtype="auto"):
-    """Mixed precision: bfloat16 where the machine is fast at it (GPU, AMX, AVX-512 BF16), else float32. Weights stay float32."""
+    """Compute in bfloat16 where the machine is fast at it (GPU, AMX, AVX-512 BF16), else in float32.
+
+    Weights stay float32.
+    """
     if dtype == "auto":
-        fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-                else torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
+
 def seed_step(seed, step):
-    """Dropout of step s on rank r is a function of (seed, s, r): nothing to save, nothing replayed after a resume."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0] >> 1))
+    """Seed the global generator with a function of (seed, step, rank), and return that number.
+
+    So a resumed run draws what it would have drawn.
+    """
+    words = np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)
+    number = int(words[0] >> 1)
+    torch.manual_seed(number)
+    return number
+
 
 def wrap(model, device, compile=False):
-    """Compile in place, then DDP: state_dict keys stay clean. Returns what to call in training."""
+    """Compile in place, then DDP: the keys of state_dict() stay clean. Returns what to call in training."""
     if compile:
         model.compile()
     if world() == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False, gradient_as_bucket_view=True)
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        forward_sync_buffers=False,
+        gradient_as_bucket_view=True,
+    )
 
-# -----------------------------------------------------------------------------
-# speed
 
-def flops_of(function):
-    """Floating-point operations of the matrix products and convolutions that function() does, by torch's own counter."""
-    way = model.ATTENTION
-    model.ATTENTION = "fused" if way == "flex" else way                 # the counter does not know flex_attention
-    try:
-        with FlopCounterMode(display=False) as counter:
-            function()
-    finally:
-        model.ATTENTION = way
-    return counter.get_total_flops()
+def millions(module):
+    """Count parameters, in millions."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
-def matrix_rate(device, dtype="auto", n=2048):
-    """FLOP/s of this device at (n, n) products in the precision of autocast(device, dtype): the median of five."""
-    x, times = torch.randn(n, n, device=device), []
-    with autocast(device, dtype):
-        x = x.to((x @ x).dtype)         # else casting is timed as well
-        for _ in range(5):
-            began = time.perf_counter()
-            (x @ x)[0, 0].item()
-            times.append(time.perf_counter() - began)
-    return 2 * n**3 / sorted(times)[2]
 
 # -----------------------------------------------------------------------------
 # optimizer
 
-def make_optimizer(model, lr, weight_decay, betas=(0.9, 0.98), eps=1e-8, times=lambda name: 1.0):
-    """AdamW; decay on matrices and convolution weights only, not on biases, norms, gains and position tables.
+
+def make_optimizer(
+    model, lr, weight_decay, betas=(0.9, 0.98), eps=1e-8, times=lambda name: 1.0
+):
+    """Return AdamW with decay on matrices and convolution weights only.
+
+    Not on biases, norms, gains and position tables.
 
     times: parameter name -> factor on its learning rate, kept in its group's "times".
     """
     groups = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decay = weight_decay if p.dim() > 1 and name.endswith(("weight", "weight_v")) else 0.0
-            groups.setdefault((decay, times(name)), []).append(p)
-    return torch.optim.AdamW([dict(params=params, weight_decay=decay, times=factor, lr=lr * factor)
-                              for (decay, factor), params in groups.items()], lr=lr, betas=betas, eps=eps, fused=True)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix = parameter.dim() > 1 and name.endswith(("weight", "weight_v"))
+            key = (weight_decay if matrix else 0.0, times(name))
+            groups.setdefault(key, []).append(parameter)
 
-def load_optimizer(optimizer, state):
-    """Moments from a checkpoint; weight decay and factors as the flags say now."""
-    now = [{key: group[key] for key in ("weight_decay", "times")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, options in zip(optimizer.param_groups, now):
-        group.update(options)
+    groups = [
+        dict(params=params, weight_decay=decay, times=factor)
+        for (decay, factor), params in groups.items()
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
 
 def lr_at(step, peak, warmup, total, schedule="linear"):
-    """Learning rate of 0-based step: linear warm-up to peak, then linear or cosine decay to 0 at `total`."""
+    """Return the learning rate of 0-based step.
+
+    Linear warm-up to peak, then linear or cosine decay to 0 at `total`.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     left = 1 - min(1.0, (step - warmup) / max(1, total - warmup))
-    return peak * (left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+    if schedule == "cosine":
+        left = 0.5 - 0.5 * math.cos(math.pi * left)
+    return peak * left
+
+
+def set_lr(optimizer, cfg, step, schedule="linear"):
+    """Set, and return, the learning rate of a step; each group has it times its factor."""
+    lr = lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps, schedule)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["times"]
+    return lr
+
 
 # -----------------------------------------------------------------------------
-# checkpoints
+# checkpoints: a file is whole or absent, and loads without running code from it
+
+FORMAT = 2  # of training state: the names of parameters and their order in the optimizer
+RESULTS = (".pt", ".jsonl", ".npz", ".csv")  # what a run leaves under one name
+
+
+def read_checkpoint(path):
+    """Load on the CPU, never running code from the file. Raises CheckpointError."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
+    keys = set(ckpt) if isinstance(ckpt, dict) else set()
+    if "model" not in keys or not keys & {"cfg", "kind"}:
+        raise CheckpointError(
+            f"{path}: not a BEATs checkpoint: it needs 'model' and 'cfg' (official) or 'kind' (ours)"
+        )
+    return ckpt
+
+
+def write_whole(path, write):
+    """Write a file by write(file), which appears under its name when it is whole and on the disk."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
 
 def save_checkpoint(path, **content):
-    """Rank 0 writes a whole file or none: temporary name, fsync, rename."""
+    """Write a checkpoint, on rank 0."""
     if rank() == 0:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        content["versions"] = {"torch": str(torch.__version__), "python": platform.python_version()}
-        with open(partial, "wb") as f:
-            torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
+        for left in path.parent.glob(f"{path.name}.*.partial"):  # by a run that was killed
+            left.unlink()
+        versions = dict(torch=str(torch.__version__), python=platform.python_version())
+        content |= dict(format=FORMAT, world=world(), versions=versions)
+        write_whole(path, lambda file: torch.save(content, file))
     barrier()
 
-def read_training(path, Config):
-    """The checkpoint that --resume continues."""
+
+def save_training(path, cfg, optimizer, batch, step, **content):
+    """Write a checkpoint that --resume continues after this step and batch."""
+    state = dict(optimizer=optimizer.state_dict(), step=step, place=batch["next"])
+    save_checkpoint(path, config=dataclasses.asdict(cfg), **state, **content)
+
+
+def begin(Config, flags, name, preset={}):
+    """Return (cfg, path, ckpt): defaults < preset < checkpoint < flags typed; what --resume continues.
+
+    name: of the checkpoint in --out_dir, with fields of cfg in braces.
+    """
+    cfg = Config(**preset | flags)
+    path = f"{cfg.out_dir}/{name.format(**vars(cfg))}.pt"
+    if not cfg.resume:
+        return cfg, path, None
+
     ckpt = read_checkpoint(path)
-    if "optimizer" not in ckpt:
-        raise UserError(f"{path}: holds no training state to resume")
-    other = set(ckpt["config"]) ^ {field.name for field in dataclasses.fields(Config)}
-    if other:
-        raise UserError(f"{path}: begun by another version of this script (--{', --'.join(sorted(other))}), which has to finish it")
-    return ckpt
+    check("optimizer" in ckpt, f"{path}: holds no training state to resume")
+    check(
+        ckpt.get("format") == FORMAT and set(ckpt["config"]) == set(vars(cfg)),
+        f"{path}: begun by another version of this script, which has to finish it; "
+        "to begin anew, leave out --resume",
+    )
+    return Config(**ckpt["config"] | flags), path, ckpt
+
+
+def same(ckpt, key, value, message):
+    """Raise UserError(message) if what is resumed had another value of this key."""
+    matches = ckpt is None or ckpt[key] == value
+    check(matches, f"{message}; resume with the same, or begin anew without --resume")
+
+
+def restore(cfg, path, ckpt, model, optimizer):
+    """Load model and optimizer from ckpt, or move an earlier result away.
+
+    Returns the step to go on with, and its place in the batches.
+    """
+    if ckpt is None:
+        keep_old(path)
+        return 0, (0, 0)
+    before = ckpt["world"], ckpt["config"]["batch_seconds"]
+    if rank() == 0 and before != (world(), cfg.batch_seconds):
+        print(
+            "other ranks or batches than before: the rest of this epoch is dealt out anew, "
+            "so some clips come twice and some not at all"
+        )
+    model.load_state_dict(ckpt["model"])
+
+    # moments from the checkpoint; weight decay and factors as the flags say now
+    now = [(group["weight_decay"], group["times"]) for group in optimizer.param_groups]
+    optimizer.load_state_dict(ckpt["optimizer"])
+    for group, (decay, factor) in zip(optimizer.param_groups, now):
+        group.update(weight_decay=decay, times=factor)
+    return ckpt["step"], tuple(ckpt["place"])
+
 
 def keep_old(path):
-    """A new run never overwrites an old result: an existing file moves to the next free .1, .2, ..."""
-    files = [Path(path).with_suffix(suffix) for suffix in (".pt", ".jsonl", ".npz", ".csv")]
-    if rank() == 0 and any(file.exists() for file in files):
-        new = lambda file, n: file.with_suffix(f".{n}{file.suffix}")
-        n = next(n for n in range(1, 10**6) if not any(new(file, n).exists() for file in files))
-        for file in files:
-            if file.exists():
-                os.replace(file, new(file, n))
-        print(f"kept the earlier {Path(path).with_suffix('')}.* as {Path(path).with_suffix('')}.{n}.* (--resume continues a run)")
+    """Move an existing result to the next free .1, .2, ...: a new run never overwrites an old one."""
+    path, number = Path(path), 1
+    old = [suffix for suffix in RESULTS if path.with_suffix(suffix).exists()]
+    if rank() == 0 and old:
+        while any(path.with_suffix(f".{number}{suffix}").exists() for suffix in RESULTS):
+            number += 1
+        for suffix in old:
+            os.replace(path.with_suffix(suffix), path.with_suffix(f".{number}{suffix}"))
+        stem = path.with_suffix("")
+        print(f"kept the earlier {stem}.* as {stem}.{number}.* (--resume continues a run)")
     barrier()
 
+
 class Stop:
-    """SIGTERM, SIGINT: finish the step, save, end. A second signal ends at once."""
+    """Catch SIGTERM and SIGINT: finish the step, save, end. A second signal ends at once."""
 
     def __init__(self):
         self.signal = 0
-        self.old = {s: signal.signal(s, self.catch) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.old = {
+            number: signal.signal(number, self.catch)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
 
     def catch(self, number, frame):
         if self.signal:
@@ -249,32 +399,112 @@ class Stop:
         self.signal = number
 
     def now(self, step, device):
-        """Did any rank get a signal? All ranks agree; with several ranks they ask each other every 5 steps."""
+        """Return whether any rank got a signal. All agree; several ask each other every 5 steps."""
         if world() == 1:
-            return bool(self.signal)
-        return step % 5 == 0 and bool(all_sum(torch.tensor(float(self.signal), device=device)).item())
+            return self.signal > 0
+        if step % 5:
+            return False
+        return all_sum(torch.tensor(float(self.signal), device=device)).item() > 0
 
     def close(self):
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
+
 # -----------------------------------------------------------------------------
 # log
 
+
 class Log:
-    """Rank 0: one line for people, one JSON line in `path` with the same keys, and the minutes since the program began."""
+    """Write one line for people and one JSON line with the same keys, on rank 0.
+
+    Both hold the minutes since the program began.
+    """
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path = Path(path).with_suffix(".jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, text="", **values):
         if rank():
             return
+        words = [text] if text else []
         if values:
             values["minutes"] = (time.time() - STARTED) / 60
             with open(self.path, "a") as f:
                 f.write(json.dumps(values) + "\n")
-            text = (text + " " if text else "") + "  ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
-        print(text, flush=True)
+        for key, value in values.items():
+            words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+        print("  ".join(words), flush=True)
+
+
+def progress(first, last, text="train"):
+    """Count steps from `first` to `last`, with a bar on rank 0."""
+    return tqdm(
+        range(first, last), initial=first, total=last, desc=text, disable=rank() > 0 or None
+    )
+
+
+def means(sums):
+    """Divide sums (0-d tensors) by their "count", all over all ranks.
+
+    Every rank has to have the same names.
+    """
+    if not sums:
+        return {}
+    totals = all_sum(torch.stack([value.double() for value in sums.values()]))
+    totals = dict(zip(sums, totals.tolist()))
+    count = totals.pop("count") or math.nan
+    return {name: total / count for name, total in totals.items()}
+
+
+def add_to(sums, more):
+    """Add sums of one part to those so far, in float64 and without their graph."""
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value.detach().double()
+
+
+class Meter:
+    """What happened since the last log line: means of the losses, and the speed of the training steps alone.
+
+    flops: floating-point operations of a step per second of audio, in matrix products. mfu is the
+    share of all devices' rate at such products, measured at the start, that goes into them.
+    """
+
+    def __init__(self, device, dtype="auto", flops=0.0):
+        self.flops = flops
+        self.rate = world() * matrix_rate(device, dtype) if rank() == 0 else 1.0
+        self.restart()
+
+    def restart(self):
+        self.sums, self.seconds, self.began = {}, 0.0, time.perf_counter()
+
+    def add(self, sums):
+        add_to(self.sums, sums)
+
+    def heard(self, batch):
+        """Count the audio of a step of this rank."""
+        self.seconds += batch["seconds"] * world()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave out of the speed what is no training."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
+
+    def read(self):
+        """Return the means and the speed, and start anew. This is where the host waits for the device."""
+        values = means(self.sums)
+        speed = self.seconds / (time.perf_counter() - self.began)
+        self.restart()
+        return values | dict(x_realtime=speed, mfu=speed * self.flops / self.rate)
+
+
+def matrix_rate(device, dtype="auto", n=2048):
+    """Measure this device's FLOP/s at (n, n) products as autocast(device, dtype) does them."""
+    x = torch.randn(n, n, device=device)
+    with autocast(device, dtype):
+        x = x.to((x @ x).dtype)  # else casting is timed as well
+        times = timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=5)
+    return 2 * n**3 / statistics.median(times)

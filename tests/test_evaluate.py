@@ -1,0 +1,212 @@
+"""Splits, scores, frozen probes and ensembles."""
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import evaluate
+from audio import pad_batch
+from common import UserError
+from data import Pack
+from model import Classifier, load
+
+def row_of(i, labels, split):
+    return dict(path=f"clip{i}.wav", labels=labels, split=split, group="")
+
+@pytest.fixture(scope="module")
+def tagged(tmp_path_factory):
+    """The path of a pack of 30 clips with one or two labels of three, and a class that never occurs."""
+    labels = [["a"], ["b"], ["a", "b"], ["c"], ["a", "c"]]
+    rows = [row_of(i, labels[i % 5], ("train", "valid", "test")[i // 10]) for i in range(30)]
+    def read(row):
+        time, speed = np.arange(4800 + 480 * rows.index(row)), dict(a=0.05, b=0.3, c=1.0)
+        return 0.2 * sum(np.sin(time * speed[name]) for name in row["labels"])
+    path = tmp_path_factory.mktemp("packs") / "tagged"
+    data.write_pack(path, rows, read, ["a", "b", "c", "never"])
+    return str(path)
+
+def save_classifier(encoder, path, labels):
+    """Write a file as finetune.py does, with a random head."""
+    model = Classifier(encoder, labels, False)
+    torch.nn.init.normal_(model.head.weight)
+    configuration = dict(encoder=dataclasses.asdict(encoder.cfg), labels=labels, multilabel=False)
+    torch.save(dict(kind="classifier", model=model.state_dict(), **configuration), path)
+
+# ---- scores
+
+def naive_average_precision(scores, truth):
+    """Sum over thresholds of precision times what recall gains."""
+    total, recall = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        chosen = scores >= threshold
+        reached = truth[chosen].sum() / truth.sum()
+        total += (reached - recall) * truth[chosen].mean()
+        recall = reached
+    return total
+
+def test_average_precision_equals_its_definition():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        scores, truth = random.integers(0, 6, 20), random.integers(0, 2, 20).astype(bool)       # many ties
+        truth[0] = True
+        due = naive_average_precision(scores, truth)
+        assert evaluate.average_precision(scores, truth) == pytest.approx(due, abs=1e-12)
+    assert np.isnan(evaluate.average_precision(scores, truth & False))
+
+def test_the_score_is_mean_precision_of_the_classes_that_occur_or_accuracy():
+    scores = torch.tensor([[0.9, 0.9, 0.1], [0.1, 0.8, 0.2], [0.8, 0.1, 0.1]])
+    targets = torch.tensor([[1, 1, 0], [0, 1, 0], [1, 0, 0]]).bool()
+    assert evaluate.score(scores, targets, several=True) == 1.0
+    assert evaluate.score(scores, torch.eye(3)[[0, 1, 1]].bool(), several=False) == pytest.approx(2 / 3)
+
+# ---- splits
+
+def test_every_fold_is_tested_once_and_trained_on_otherwise(ragged):
+    for fold, (train, valid, test) in evaluate.splits_of(Pack(ragged)).items():
+        assert test.tolist() == list(range(int(fold) - 1, 24, 3))
+        assert sorted([*train, *test]) == list(range(24))
+        assert not len(valid)
+    assert list(evaluate.splits_of(Pack(ragged), fold="1,3")) == ["1", "3"]
+
+def test_splits_go_by_their_names(tagged):
+    train, valid, test = evaluate.splits_of(Pack(tagged), valid_share=0.5)[""]      # it has a valid split
+    assert [train.tolist(), valid.tolist(), test.tolist()] == np.arange(30).reshape(3, 10).tolist()
+    assert evaluate.splits_of(Pack(tagged), test_split="valid")[""][2].tolist() == valid.tolist()
+
+def test_a_share_of_the_training_recordings_is_held_out_whole(tmp_path):
+    rows = [row_of(i, ["a"], str(i % 3)) for i in range(12)]
+    data.write_pack(tmp_path / "pack", rows, lambda row: np.linspace(-1, 1, 9600)**3, max_seconds=0.2)
+    recording = Pack(tmp_path / "pack").index["row"]
+    for split in evaluate.splits_of(Pack(tmp_path / "pack"), valid_share=0.25).values():
+        train, valid, test = (set(recording[clips]) for clips in split)
+        assert [len(train), len(valid), len(test)] == [6, 2, 4]
+        assert train | valid | test == set(range(12))
+
+# ---- frozen probes
+
+@pytest.mark.parametrize("several", [False, True])
+def test_probes_learn(several):
+    random = torch.Generator().manual_seed(0)
+    label = torch.arange(1200) % 5
+    x = torch.randn(5, 20, generator=random)[label] + 0.3 * torch.randn(1200, 20, generator=random)
+    y = F.one_hot(label).bool()
+    y[:, 0] |= several & y[:, 1]
+    (x, x_valid, x_test), (y, y_valid, y_test) = x.split([800, 200, 200]), y.split([800, 200, 200])
+    linear, knn = evaluate.linear_probe(x[:200], y[:200], x_test, several), evaluate.knn_probe(x, y, x_test)
+    mlp, again = [evaluate.mlp_probe(x, y, x_valid, y_valid, x_test, several) for _ in range(2)]
+    for scores, least in ((linear, 0.98), (knn, 0.98), (mlp, 0.8)):
+        assert evaluate.score(scores, y_test, several) > least
+    assert torch.equal(mlp, again)              # seeded
+
+def test_nearest_neighbours_are_their_definition():
+    random = np.random.default_rng(0)
+    x, x_test = random.standard_normal((40, 6)), random.standard_normal((300, 6))
+    y = np.eye(5)[random.integers(0, 5, 40)]
+    scores = evaluate.knn_probe(*map(torch.from_numpy, (x, y, x_test)))
+    for i in range(0, 300, 7):
+        cosine = x @ x_test[i] / np.linalg.norm(x, axis=1) / np.linalg.norm(x_test[i])
+        near = np.argsort(-cosine)[:10]
+        weight = np.exp(cosine[near] / 0.07)
+        assert np.allclose(scores[i], (weight / weight.sum()) @ y[near])
+
+def test_probes_from_the_command_line(ragged, tmp_path, capsys):
+    flags = dict(data=ragged, out_dir=str(tmp_path), model="micro", device="cpu")
+    together = evaluate.main(probe="linear,knn,mlp", **flags)
+    out = capsys.readouterr().out
+    assert out.count("% over 3 folds") == 3
+    assert "% over 3 folds (epochs chosen on the test clips" in out                 # of the MLP
+    for probe in ("linear", "knn"):
+        assert evaluate.main(probe=probe, **flags) == together[probe]
+        assert min(together[probe].values()) > 0.8
+        assert np.load(tmp_path / f"{probe}_ragged_fold2.npz")["scores"].shape == (8, 2)
+    assert (tmp_path / "linear_ragged_fold1.1.npz").exists()                        # earlier results are kept
+    assert min(evaluate.main(probe="linear", layers="all", **flags).values()) > 0.8
+
+def test_the_files_of_a_run_give_its_scores(tagged, tmp_path, capsys):
+    value = evaluate.main(data=tagged, out_dir=str(tmp_path), model="micro", device="cpu")[""]
+    assert f"linear: mAP {100 * value:.1f} %" in capsys.readouterr().out
+    run = np.load(tmp_path / "linear_tagged.npz")
+    assert run["paths"].tolist() == [f"clip{i}.wav" for i in range(20, 30)]
+    assert run["classes"].tolist() == ["a", "b", "c", "never"]
+    assert run["targets"][:3].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0]]
+
+    columns = list(zip(run["scores"].T, run["targets"].T))
+    precision = [naive_average_precision(scores, truth) for scores, truth in columns[:3]]
+    assert value == pytest.approx(np.mean(precision), abs=1e-12)
+    line = json.loads((tmp_path / "linear_tagged.jsonl").read_text())
+    assert (line["mAP"], line["classes_scored"], line["classes"], line["clips"]) == (value, 3, 4, 10)
+    with open(tmp_path / "linear_tagged.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["clips"] for row in rows] == ["6", "4", "4", "0"]
+    assert [float(row["average_precision"]) for row in rows[:3]] == pytest.approx(precision)
+    assert rows[3]["average_precision"] == "nan"
+
+# ---- ensembles
+
+class Foreign(torch.nn.Module):
+    """Any module (wav) -> (B, T, D): mean, peak and power of every 40 ms. It knows nothing of padding."""
+    def forward(self, wav):
+        x = wav.unfold(1, 640, 640)
+        return torch.stack([x.mean(-1), x.amax(-1), x.square().mean(-1)], -1)
+
+def test_a_feature_ensemble_is_its_definition(random_encoder):
+    wav, lengths = 0.1 * torch.randn(3, 24000), torch.tensor([24000, 9000, 3000])
+    x, valid = evaluate.Ensemble([random_encoder, Foreign()]).features(wav, lengths)
+    assert x.shape == (3, 72, 35)
+    for b, n in enumerate(lengths):
+        members = random_encoder.features(wav[b:b + 1, :n])[0][0], Foreign()(wav[b:b + 1, :n])[0]
+        T = max(map(len, members))
+        assert valid[b].tolist() == [True] * T + [False] * (72 - T)
+        for t in range(T):              # linear between the centres of tokens, constant beyond the outer ones
+            due = []
+            for tokens in members:
+                centre = min(max((t + 0.5) * len(tokens) / T - 0.5, 0), len(tokens) - 1)
+                before, share = int(centre), centre % 1
+                after = min(before + 1, len(tokens) - 1)
+                due.append(tokens[before] * (1 - share) + tokens[after] * share)
+            assert torch.allclose(x[b, t], torch.cat(due), atol=2e-5)
+
+def test_several_encoders_are_probed_side_by_side(ragged, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from test_evaluate import Foreign")
+    monkeypatch.chdir(tmp_path)
+    values = evaluate.main(data=ragged, model="micro", device="cpu", init="scratch,mine:Foreign", fold="1")
+    assert values["1"] > 0.7
+
+def test_probabilities_are_averaged_fold_by_fold(random_encoder, ragged, tmp_path, capsys):
+    for fold in "12":
+        save_classifier(random_encoder, tmp_path / f"x_{fold}.pt", ["a", "b"])
+        save_classifier(random_encoder, tmp_path / f"y_{fold}.pt", ["b", "a"])
+    files = f"{tmp_path}/x_{{fold}}.pt,{tmp_path}/y_{{fold}}.pt"
+    flags = dict(data=ragged, out_dir=str(tmp_path), device="cpu", dtype="float32")
+    values = evaluate.main(ensemble=files, fold="1,2", **flags)
+    out = capsys.readouterr().out
+    for name in (*files.split(","), "ensemble"):
+        assert list(values[name]) == ["1", "2"]
+        assert f"{name} fold 2: accuracy" in out
+        assert f"{name}: accuracy" in out                               # mean and deviation over folds
+
+    run = np.load(tmp_path / "ensemble_ragged_fold2.npz")
+    wav, lengths = pad_batch([Pack(ragged).wav(i).numpy() for i in range(1, 24, 3)])
+    x, y = [load(tmp_path / f"{name}_2.pt").predict(wav, lengths).detach() for name in "xy"]
+    assert np.allclose(run["scores"], (x + y[:, [1, 0]]) / 2, atol=1e-6)            # classes by name
+    assert values["ensemble"]["2"] == np.mean(run["scores"].argmax(1) == run["targets"].argmax(1))
+
+def test_mistakes_are_explained(toy, ragged, tmp_path, random_encoder):
+    data.write_pack(tmp_path / "plain", [row_of(0, [], "")], lambda row: np.linspace(-1, 1, 4000)**3)
+    save_classifier(random_encoder, tmp_path / "x.pt", ["a", "x"])
+    for pack, flags, message in ((tmp_path / "plain", {}, "has no labels"),
+                                 (ragged, dict(fold="7"), "has the folds 1, 2, 3, not 7"),
+                                 (toy, dict(test_split="later"), "training needs train and test"),
+                                 (toy, dict(init="nowhere:f"), "No module named 'nowhere'"),
+                                 (toy, dict(init="math:f"), "a function in it"),
+                                 (toy, dict(probe="linear,svm"), "choose of linear, mlp, knn"),
+                                 (toy, dict(layers="all", init="scratch,scratch"), "single encoder of ours"),
+                                 (ragged, dict(ensemble="a.pt"), "write {fold} in their names"),
+                                 (ragged, dict(ensemble=f"{tmp_path}/x.pt", fold="1"), "not a classifier")):
+        with pytest.raises(UserError, match=message):
+            evaluate.main(data=str(pack), device="cpu", out_dir=str(tmp_path), **flags)
