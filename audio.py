@@ -30,20 +30,29 @@ FRAME, HOP = 400, 160   # 25 ms windows every 10 ms
 MELS = 128              # mel bins from 20 Hz to 8 kHz
 FFT = 512
 PATCH_FRAMES, PATCH_BINS = 16, 16  # a patch is 160 ms x 16 mel bins
-FRONT_END = [
-    SAMPLE_RATE,
-    FRAME,
-    HOP,
-    MELS,
-]  # a pack's statistics are those of one front end; change it with fbank
 
-BANDS = MELS // PATCH_BINS                              # patches side by side in one row
-PATCH_DIM = PATCH_FRAMES * PATCH_BINS                   # values in a patch
-ROW = PATCH_FRAMES * HOP                                # samples from one patch row to the next
-MIN_SAMPLES = FRAME + (PATCH_FRAMES - 1) * HOP          # 2,800: the shortest clip with one row
-LOG_FLOOR = math.log(torch.finfo(torch.float32).eps)    # filter bank of digital silence, -15.94
+# a pack's statistics are those of one front end: who changes fbank in another way adds to this
+FRONT_END = [SAMPLE_RATE, FRAME, HOP, MELS]
 
-SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".opus", ".aif", ".aiff", ".au", ".w64", ".caf"}
+BANDS = MELS // PATCH_BINS                      # patches side by side in one row
+PATCH_DIM = PATCH_FRAMES * PATCH_BINS           # values in a patch
+ROW = PATCH_FRAMES * HOP                        # samples from one patch row to the next
+MIN_SAMPLES = FRAME + (PATCH_FRAMES - 1) * HOP  # 2,800: the shortest clip with one row
+# filter bank of digital silence, -15.94
+LOG_FLOOR = math.log(torch.finfo(torch.float32).eps)
+
+SUFFIXES = {
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".mp3",
+    ".opus",
+    ".aif",
+    ".aiff",
+    ".au",
+    ".w64",
+    ".caf"
+}
 STRETCH = 600  # seconds of a long file that are read at a time
 
 # -----------------------------------------------------------------------------
@@ -58,7 +67,9 @@ def audio_files(root, suffixes=SUFFIXES):
     """
 
     def unreadable(error):
-        reason = "no such folder" if isinstance(error, FileNotFoundError) else error.strerror
+        reason = (
+            "no such folder" if isinstance(error, FileNotFoundError) else error.strerror
+        )
         raise UserError(f"{error.filename}: {reason}")
 
     files, seen = [], set()
@@ -89,7 +100,7 @@ def read_audio(path, start=0.0, end=None):
             check(
                 0 <= first < last,
                 f"{path}: no audio between {start} s and {until} "
-                f"(the file has {file.frames / rate:.2f} s)",
+                f"(the file has {file.frames / rate:.2f} s)"
             )
 
             # a long file by stretches, each resampled with a second of context on either side
@@ -129,12 +140,11 @@ def resample(x, rate):
     half = math.ceil(32 / cutoff)           # 32 zero crossings on either side
     check(
         up * (2 * half + down) <= 2e7,
-        f"a sampling rate of {rate} Hz needs soxr: pip install soxr",
+        f"a sampling rate of {rate} Hz needs soxr: pip install soxr"
     )
 
-    time = (
-        np.arange(-half, half + down + 1) - np.arange(up)[:, None] * down / up
-    )  # (phase, tap)
+    tap, phase = np.arange(-half, half + down + 1), np.arange(up)[:, None]
+    time = tap - phase * down / up  # (phase, tap), in input samples
     window = np.where(np.abs(time) < half, np.cos(np.pi * time / 2 / half) ** 2, 0)
     kernel = torch.from_numpy(cutoff * np.sinc(cutoff * time) * window).float()
     padded = F.pad(torch.from_numpy(x)[None, None], (half, half + down))
@@ -145,7 +155,9 @@ def resample(x, rate):
 def pad_batch(clips):
     """Put a list of (n_i,) into one zero-padded batch: (B, max n), lengths (B,)."""
     tensors = [torch.from_numpy(clip) for clip in clips]
-    return pad_sequence(tensors, batch_first=True), torch.tensor([len(clip) for clip in clips])
+    return pad_sequence(tensors, batch_first=True), torch.tensor(
+        [len(clip) for clip in clips]
+    )
 
 
 def load_audio(paths):
@@ -250,10 +262,9 @@ def num_tokens(samples):
 
 def patchify(x):
     """(B, N, 128) frames -> (B, T, 256) patches, time-major; frames after the last whole row are dropped."""
-    B, N, _ = x.shape
-    rows = N // PATCH_FRAMES
-    x = x[:, : rows * PATCH_FRAMES].reshape(B, rows, PATCH_FRAMES, BANDS, PATCH_BINS)
-    return x.transpose(2, 3).reshape(B, rows * BANDS, PATCH_DIM)
+    x = x.unfold(1, PATCH_FRAMES, PATCH_FRAMES)     # (B, R, 128, 16 frames)
+    x = x.unflatten(2, (BANDS, PATCH_BINS)).mT      # (B, R, 8 bands, 16 frames, 16 bins)
+    return x.flatten(3).flatten(1, 2)
 
 
 def is_silent(features):
@@ -287,7 +298,9 @@ def prepare_clips(wav, lengths=None, padding="exact"):
     stands beyond a clip's length has no effect (with padding="official" it has, as in the released code).
     """
     B, n = wav.shape
-    lengths = torch.as_tensor(n if lengths is None else lengths, device=wav.device).expand(B)
+    lengths = torch.as_tensor(n if lengths is None else lengths, device=wav.device).expand(
+        B
+    )
     if padding == "exact":
         wav = wav.masked_fill(torch.arange(n, device=wav.device) >= lengths[:, None], 0)
         lengths = torch.where(lengths > 0, lengths.clamp(min=MIN_SAMPLES), 0)
@@ -309,11 +322,8 @@ def windows(wav, seconds=10.0, hop=5.0):
     starts = torch.arange(0, max(1, len(wav) - size + step), step)
     lengths = (len(wav) - starts).clamp(max=size)
     padded = F.pad(wav, (0, max(0, int(starts[-1]) + size - len(wav))))
-    return (
-        padded.unfold(0, size, step)[:, : int(lengths.max())],
-        lengths,
-        starts,
-    )  # a view, also of a day
+    cut = padded.unfold(0, size, step)[:, : int(lengths.max())]  # a view, also of a day
+    return cut, lengths, starts
 
 
 # -----------------------------------------------------------------------------

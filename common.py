@@ -59,7 +59,7 @@ def parse(Config, doc, argv=None):
         description=doc,
         usage="%(prog)s [--flag value ...]",
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for field in dataclasses.fields(Config):
         comment = comments.get(field.name, "")
@@ -114,7 +114,7 @@ def setup(device="auto", seed=0):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     check(
         torch.cuda.is_available() or not device.startswith("cuda"),
-        f"--device {device}: this torch sees no GPU; use --device cpu",
+        f"--device {device}: this torch sees no GPU; use --device cpu"
     )
     check(seed >= 0, f"--seed {seed}: seeds are not negative")
 
@@ -199,17 +199,14 @@ def seed_step(seed, step):
     return number
 
 
-def wrap(model, device, compile=False):
+def wrap(model, compile=False):
     """Compile in place, then DDP: the keys of state_dict() stay clean. Returns what to call in training."""
     if compile:
         model.compile()
     if world() == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        forward_sync_buffers=False,
-        gradient_as_bucket_view=True,
+        model, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 
@@ -334,7 +331,7 @@ def begin(Config, flags, name, preset={}):
     check(
         ckpt.get("format") == FORMAT and set(ckpt["config"]) == set(vars(cfg)),
         f"{path}: begun by another version of this script, which has to finish it; "
-        "to begin anew, leave out --resume",
+        "to begin anew, leave out --resume"
     )
     return Config(**ckpt["config"] | flags), path, ckpt
 
@@ -438,10 +435,10 @@ class Log:
         print("  ".join(words), flush=True)
 
 
-def progress(first, last, text="train"):
+def progress(first, last):
     """Count steps from `first` to `last`, with a bar on rank 0."""
     return tqdm(
-        range(first, last), initial=first, total=last, desc=text, disable=rank() > 0 or None
+        range(first, last), initial=first, total=last, desc="train", disable=rank() > 0 or None
     )
 
 
@@ -501,8 +498,9 @@ class Meter:
         return values | dict(x_realtime=speed, mfu=speed * self.flops / self.rate)
 
 
-def matrix_rate(device, dtype="auto", n=2048):
-    """Measure this device's FLOP/s at (n, n) products as autocast(device, dtype) does them."""
+def matrix_rate(device, dtype="auto", n=None):
+    """Measure this device's FLOP/s at large products as autocast(device, dtype) does them."""
+    n = n or (4096 if device.type == "cuda" else 1024)
     x = torch.randn(n, n, device=device)
     with autocast(device, dtype):
         x = x.to((x @ x).dtype)  # else casting is timed as well

@@ -32,7 +32,7 @@ from audio import (
     num_tokens,
     rows_in,
     samples_of,
-    valid_tokens,
+    valid_tokens
 )
 from common import UserError, autocast, barrier, rank, world, write_whole
 from recipes import packs
@@ -49,7 +49,8 @@ class Clips:
     """Clips of one or more packs, numbered through.
 
     Asked for a list of (clip, *key), it gives a batch; all chance is drawn from the keys. With `crop`
-    samples, clips are random crops of that length. codes: per pack, if there are any, its Codes.
+    samples, clips are random crops of that length. codes: per pack, if there are any, what
+    cached_codes returns.
 
     Of a pack it uses samples, read_into, info, index["row"] and len(): sounds that are not packed need
     a class with these.
@@ -81,9 +82,8 @@ class Clips:
             random = np.random.default_rng(key)
             self.read(clip, random, wav[row, : lengths[row]], codes[row])
             wav[row, lengths[row] :] = 0
-            random.random(
-                out=noise[row], dtype=np.float32
-            )  # the clip's own T are the same in any batch
+            # the clip's own T numbers are the same in any batch
+            random.random(out=noise[row], dtype=np.float32)
 
         batch = dict(wav=wav, lengths=lengths, clip=numbers, noise=noise)
         if self.codes:
@@ -101,7 +101,8 @@ class Clips:
         self.packs[pack].read_into(wav, i, start)
         if self.codes:
             tokens = num_tokens(len(wav))
-            codes[:tokens] = self.codes[pack].of(i, start // ROW * BANDS, tokens)
+            first, file = start // ROW * BANDS, self.codes[pack][i // RUN]
+            codes[:tokens] = file[i % RUN, first : first + tokens]
 
 
 def cut(order, fits, multiple=1):
@@ -188,10 +189,13 @@ def deal(plan, seed, place=(0, 0)):
         for this, batch in enumerate(batches):
             if this >= number:
                 items = [
-                    (clip, seed, epoch, position + i) for i, clip in enumerate(batch.tolist())
+                    (clip, seed, epoch, position + i)
+                    for i, clip in enumerate(batch.tolist())
                 ]
                 last = this + 1 == len(batches)
-                yield items[rank() :: world()], (epoch + 1, 0) if last else (epoch, this + 1)
+                yield items[rank() :: world()], (
+                    (epoch + 1, 0) if last else (epoch, this + 1)
+                )
             position += len(batch)
         epoch, number = epoch + 1, 0
 
@@ -223,10 +227,8 @@ def to_device(batch, device):
         name: values.to(device, non_blocking=True) if torch.is_tensor(values) else values
         for name, values in batch.items()
     }
-    valid = valid_tokens(batch["lengths"], n)
-    return batch | dict(
-        wav=batch["wav"].float() / 32768, valid=valid, mask=valid if padded else None
-    )
+    wav, valid = batch["wav"].float() / 32768, valid_tokens(batch["lengths"], n)
+    return batch | dict(wav=wav, valid=valid, mask=valid if padded else None)
 
 
 def split_batch(batch, seconds):
@@ -236,9 +238,8 @@ def split_batch(batch, seconds):
     """
     rows = rows_in(batch["lengths"]).tolist()
     parts = []
-    for part in cut(
-        range(len(rows)), lambda first: int(seconds * SAMPLE_RATE // (rows[first] * ROW))
-    ):
+    most = seconds * SAMPLE_RATE // ROW
+    for part in cut(range(len(rows)), lambda first: int(most // rows[first])):
         tokens = rows[part.start] * BANDS
         width = dict(wav=samples_of(rows[part.start]), noise=tokens, codes=tokens)
         tensors = {}
@@ -277,7 +278,8 @@ class Sounds:
         crop, rows = 0, round(crop_seconds * SAMPLE_RATE / ROW)
         if rows:
             crop = samples_of(rows)
-            self.batch_samples *= crop / (rows * ROW)  # so that 2.56 s fit 16 times into 41 s
+            # so that 2.56 s fit 16 times into 41 s
+            self.batch_samples *= crop / (rows * ROW)
         self.clips = Clips(self.packs, crop)
 
         self.train, self.valid = [], []  # per pack, clip numbers
@@ -302,23 +304,17 @@ class Sounds:
         shares = self.weights
         if shares is None:
             shares = [pack.info["hours"] for pack in self.packs]
-        values = {}
-        for name in ("fbank_mean", "fbank_std"):
-            values[name] = float(
-                np.average([pack.info[name] for pack in self.packs], weights=shares)
-            )
-        return values
+        stats = [(pack.info["fbank_mean"], pack.info["fbank_std"]) for pack in self.packs]
+        mean, std = np.average(stats, axis=0, weights=shares).tolist()
+        return dict(fbank_mean=mean, fbank_std=std)
 
     def plan(self, epoch):
         """Return the batches of an epoch, of all ranks."""
         samples, key = self.clips.samples, (self.seed, epoch)
+        size, ranks = self.batch_samples, world()
         if self.weights is None:
-            return epoch_batches(
-                samples, self.batch_samples, key, np.concatenate(self.train), world()
-            )
-        return mixed_batches(
-            samples, self.batch_samples, key, self.train, self.weights, world()
-        )
+            return epoch_batches(samples, size, key, np.concatenate(self.train), ranks)
+        return mixed_batches(samples, size, key, self.train, self.weights, ranks)
 
     def batches(self, place=(0, 0)):
         """Yield this rank's batches without end; batch["next"] is the place to go on from after it."""
@@ -332,7 +328,9 @@ class Sounds:
     def fixed(self, subsets, device, number, most=None):
         """Yield (the first `most`) batches of 100 s a rank, on the device, the same at every call."""
         size, key = 100 * SAMPLE_RATE * world(), (self.seed, number)
-        batches = epoch_batches(self.clips.samples, size, key, np.concatenate(subsets), world())
+        batches = epoch_batches(
+            self.clips.samples, size, key, np.concatenate(subsets), world()
+        )
         for batch in batches[:most]:
             items = [(clip, *key, clip) for clip in batch.tolist()]
             yield to_device(self.clips[items[rank() :: world()]], device)
@@ -350,37 +348,21 @@ class Sounds:
 # codes of a frozen tokenizer, computed once
 
 
-class Codes:
-    """The codes of every clip of a pack: files of RUN clips, (clips, T of the longest) uint16, mapped."""
-
-    def __init__(self, folder, clips):
-        self.files = []
-        for number in range(-(-clips // RUN)):
-            path = folder / f"{number:05d}.npy"
-            try:
-                self.files.append(np.load(path, mmap_mode="r"))
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path}: {error}; remove it, it is made again") from None
-
-    def of(self, clip, first, count):
-        """Return `count` codes of a clip from token `first` on."""
-        return self.files[clip // RUN][clip % RUN, first : first + count]
-
-
 def cached_codes(tokenizer, pack, device, dtype="float32"):
-    """Return the Codes of a pack, computed by all ranks where they are not there yet.
+    """Return the codes of a pack, computed by all ranks where they are not there yet.
 
-    They lie beside the audio in codes-<hash of tokenizer and sounds>, in files that are whole or absent:
-    a killed job goes on, and two jobs at once write the same.
+    A list of mapped arrays, each of RUN clips, (clips, T of the longest) uint16. They lie beside the audio in
+    codes-<hash of tokenizer and sounds>, in files that are whole or absent: a killed job goes on, and two
+    jobs at once write the same.
     """
     key = hashlib.sha256(f"{tokenizer.id()} {pack.info['id']}".encode()).hexdigest()[:16]
     folder = pack.path / f"codes-{key}"
+    runs = np.split(np.arange(len(pack)), range(RUN, len(pack), RUN))
+    paths = [folder / f"{number:05d}.npy" for number in range(len(runs))]
     try:
         folder.mkdir(exist_ok=True)
-        for number in range(rank(), -(-len(pack) // RUN), world()):
-            path = folder / f"{number:05d}.npy"
+        for path, clips in list(zip(paths, runs))[rank() :: world()]:
             if not path.exists():
-                clips = np.arange(number * RUN, min((number + 1) * RUN, len(pack)))
                 codes = codes_of(tokenizer, pack, clips, device, dtype)
                 write_whole(path, lambda file: np.save(file, codes))
     except OSError as error:
@@ -389,7 +371,14 @@ def cached_codes(tokenizer, pack, device, dtype="float32"):
             "in a folder that all ranks share and can write to"
         ) from None
     barrier()
-    return Codes(folder, len(pack))
+    return [open_codes(path) for path in paths]
+
+
+def open_codes(path):
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: {error}; remove it, it is made again") from None
 
 
 @torch.no_grad()
@@ -398,9 +387,8 @@ def codes_of(tokenizer, pack, clips, device, dtype):
     longest = num_tokens(pack.samples[clips].max())
     codes = np.zeros((len(clips), longest), np.uint16)
     batches = by_length(pack.samples, clips, 200 * SAMPLE_RATE)
-    for batch in walk(
-        pack, batches, device, f"codes of {pack.path.name} from clip {clips[0]} on"
-    ):
+    text = f"codes of {pack.path.name} from clip {clips[0]} on"
+    for batch in walk(pack, batches, device, text):
         with autocast(device, dtype):
             some = tokenizer.encode(batch["wav"], batch["lengths"]).clamp(min=0).cpu()
         codes[batch["clip"].cpu() - clips[0], : some.shape[1]] = some

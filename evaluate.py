@@ -49,7 +49,7 @@ class Config:
     dtype: str = "auto"             # auto | float32 | bfloat16
 
 # -----------------------------------------------------------------------------
-# splits
+# clips
 
 
 def has_several(targets):
@@ -87,7 +87,8 @@ def average_precision(scores, truth):
     """Return the average precision of one class, ties taken together; nan without positives. (n,) each"""
     order = np.argsort(-scores, kind="stable")
     scores, truth = scores[order], truth[order]
-    last = np.flatnonzero(np.append(np.diff(scores), 1))  # where a group of equal scores ends
+    # where a group of equal scores ends
+    last = np.flatnonzero(np.append(np.diff(scores), 1))
     hits = np.cumsum(truth)[last]
     precision = hits / (last + 1)
     with np.errstate(invalid="ignore"):
@@ -118,7 +119,7 @@ def write_results(stem, pack, test, scores, targets, text=""):
         mAP=float(np.nanmean(precision)),
         classes_scored=int(np.isfinite(precision).sum()),
         classes=len(pack.classes),
-        clips=len(test),
+        clips=len(test)
     )
     if not several:
         result = dict(accuracy=score(scores, targets, several)) | result
@@ -133,7 +134,7 @@ def write_results(stem, pack, test, scores, targets, text=""):
         paths=paths,
         classes=pack.classes,
         targets=targets.numpy(),
-        scores=scores.numpy(),
+        scores=scores.numpy()
     )
     table = zip(pack.classes, targets.sum(0).tolist(), precision)
     write_table(f"{stem}.csv", ["class", "clips", "average_precision"], table)
@@ -151,7 +152,9 @@ def print_results(results, measure, text, note=""):
     if common.rank():
         return
     for fold, value in results.items():
-        print(f"{text}{f' fold {fold}' if fold else ''}: {measure} {100 * value:.1f} %{note}")
+        print(
+            f"{text}{f' fold {fold}' if fold else ''}: {measure} {100 * value:.1f} %{note}"
+        )
     if len(results) > 1:
         values = 100 * np.array(list(results.values()))
         print(
@@ -239,12 +242,9 @@ def extract(encoder, pack, device, dtype="auto", layers="last"):
         variance = masked_mean(x.square(), valid) - mean.square()
         return torch.cat([mean, variance.clamp(min=0).sqrt()], -1)
 
-    training = encoder.training
     encoder.eval()
     everything, text = np.arange(len(pack)), f"features of {pack.path.name}"
-    x = over_clips(pack, everything, pooled, device, dtype, text)
-    encoder.train(training)
-    return x
+    return over_clips(pack, everything, pooled, device, dtype, text)
 
 
 def classification_loss(logits, targets, several):
@@ -262,7 +262,9 @@ def linear(x, weights):
 
 def fit_linear(x, y, penalty, several=False):
     """Minimise the mean loss + penalty / 2 |W|^2 by L-BFGS. Returns (D + 1, K)."""
-    weights = torch.zeros(x.shape[1] + 1, y.shape[1], dtype=torch.double, requires_grad=True)
+    weights = torch.zeros(
+        x.shape[1] + 1, y.shape[1], dtype=torch.double, requires_grad=True
+    )
     solver = torch.optim.LBFGS(
         [weights], max_iter=150, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
@@ -298,7 +300,10 @@ def linear_probe(x, y, x_test, several=False):
 def mlp_probe(x, y, x_valid, y_valid, x_test, several=False, seed=0):
     """Do X-ARES's first track: LayerNorm and a linear layer, Adam, 10 epochs, the best on valid."""
     torch.manual_seed(42 + seed)
-    model = nn.Sequential(nn.LayerNorm(x.shape[1]), nn.Linear(x.shape[1], y.shape[1]))
+    model = nn.Sequential(
+        nn.LayerNorm(x.shape[1]),
+        nn.Linear(x.shape[1], y.shape[1])
+    )
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=1e-4)
     best, scores = -1.0, None
@@ -353,10 +358,10 @@ def probe_score(encoder, pack, device, dtype="auto"):
 # fine-tuned classifiers
 
 
-def probabilities(model, pack, which, device, dtype="auto", text=""):
-    """Return a classifier's probabilities of clips, (len(which), K) float64."""
+def probabilities(model, pack, clips, device, dtype="auto"):
+    """Return a classifier's probabilities of clips, (len(clips), K) float64."""
     model.eval()
-    logits = over_clips(pack, which, model.logits, device, dtype, text)
+    logits = over_clips(pack, clips, model.logits, device, dtype, "probabilities")
     model.train()
     logits = logits.double()  # float32 sigmoids saturate, which makes ties
     return logits.sigmoid() if model.multilabel else logits.softmax(1)
@@ -370,7 +375,7 @@ def ensemble(paths, fold, pack, test, device, dtype="auto"):
         fits = isinstance(member, Classifier) and set(pack.classes) <= set(member.labels)
         check(fits, f"--ensemble {path}: not a classifier of the classes of {pack.path}")
         order = [member.labels.index(name) for name in pack.classes]
-        scores[path] = probabilities(member, pack, test, device, dtype, path)[:, order]
+        scores[path] = probabilities(member, pack, test, device, dtype)[:, order]
     return scores | dict(ensemble=torch.stack(list(scores.values())).mean(0))
 
 
@@ -380,7 +385,7 @@ def main(**flags):
     probes = cfg.probe.split(",")
     check(
         {"linear", "mlp", "knn"}.issuperset(probes),
-        f"--probe {cfg.probe}: choose of linear, mlp, knn",
+        f"--probe {cfg.probe}: choose of linear, mlp, knn"
     )
     _, _, device = common.setup(cfg.device, cfg.seed)
     pack = data.Pack(cfg.data)
@@ -391,7 +396,7 @@ def main(**flags):
         check(
             len(splits) == 1 or "{fold}" in cfg.ensemble,
             "--ensemble: every fold has models of its own; write {fold} in their names, as in "
-            "out/finetune_x_fold{fold}.pt, or choose one --fold",
+            "out/finetune_x_fold{fold}.pt, or choose one --fold"
         )
     else:
         encoder = open_encoder(cfg.init, cfg.model, pack.info).to(device)

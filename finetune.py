@@ -34,7 +34,7 @@ from evaluate import (
     splits_of,
     stem_of,
     targets_of,
-    write_results,
+    write_results
 )
 from model import Classifier, Encoder, EncoderConfig, flops_of, random_mask, recompute_blocks
 
@@ -98,7 +98,7 @@ TABLE4 = dict(          # as2m     as20k     esc50     ks1       ks2       er   
     mixup=             (0.8,      0.8,      0.0,      0.8,      0.8,      0.0),      # (?) as2m: or 0.0
     loss=              ("bce",    "bce",    "ce",     "bce",    "bce",    "ce"),
     fbank_mean=        (15.41663, 15.41663, 11.72215, 11.43905, 11.41045, 12.0889),
-    fbank_std=         (6.55582,  6.55582,  10.60431, 5.64913,  5.67857,  4.29147),
+    fbank_std=         (6.55582,  6.55582,  10.60431, 5.64913,  5.67857,  4.29147)
 )
 TASKS = {"custom": {}}
 for column, name in enumerate(("as2m", "as20k", "esc50", "ks1", "ks2", "er")):
@@ -130,7 +130,7 @@ def draw(train, targets, classes, balance, key):
     check(
         len(unknown) == 1,
         "--balance unknown needs a class named unknown or _unknown_; the pack has "
-        f"{', '.join(classes[:40])}",
+        f"{', '.join(classes[:40])}"
     )
     half = (label == unknown[0]).sum() // 2
     drawn = []
@@ -156,10 +156,9 @@ def augment(wav, lengths, targets, cfg, random):
         rolled = (sample - shift[:, None]) % lengths[:, None]
         wav = wav.gather(1, torch.where(sample < lengths[:, None], rolled, sample))
     if cfg.mixup:
-        gamma = torch._standard_gamma(torch.full((2, B), cfg.mixup), random)
-        share = (gamma[0] / gamma.sum(0))[:, None].to(
-            wav.device, non_blocking=True
-        )  # Beta(a, a)
+        gamma = torch._standard_gamma(torch.full((2, B, 1), cfg.mixup), random)
+        share = gamma[0] / gamma.sum(0)                     # is distributed as Beta(a, a)
+        share = share.to(wav.device, non_blocking=True)
         other = torch.randperm(B, generator=random).to(wav.device, non_blocking=True)
         wav = torch.lerp(wav[other], wav, share)
         targets = torch.lerp(targets[other], targets, share)
@@ -216,10 +215,7 @@ def losses(logits, targets, cfg):
     "loss" is minimised; whatever else is added here is logged.
     """
     if cfg.loss == "bce":
-        loss = (
-            F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-            / targets.shape[1]
-        )
+        loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).sum()
     else:
         loss = F.cross_entropy(logits, targets, label_smoothing=cfg.smoothing, reduction="sum")
     correct = logits.argmax(1) == targets.argmax(1)
@@ -250,13 +246,13 @@ def new_classifier(cfg, ckpt, pack):
     check(
         not isinstance(start, Ensemble),
         f"--init {cfg.init}: one encoder of ours can be fine-tuned; several, or others, can be probed: "
-        "python evaluate.py --probe mlp",
+        "python evaluate.py --probe mlp"
     )
     settings = dict(
         dropout=cfg.dropout,
         attention_dropout=cfg.dropout,
         layerdrop=cfg.layerdrop,
-        grad_decay=cfg.grad_decay,
+        grad_decay=cfg.grad_decay
     )
     if cfg.fbank_std:
         settings |= dict(fbank_mean=cfg.fbank_mean, fbank_std=cfg.fbank_std)
@@ -272,11 +268,10 @@ def judge(model, pack, clips, targets, cfg, device):
     """Return score and mean loss of clips."""
     p = probabilities(model, pack, clips, device, cfg.dtype)
     truth = targets[clips].double()
-    loss = (
-        F.binary_cross_entropy(p, truth)
-        if model.multilabel
-        else -(p.log() * truth).sum(1).mean()
-    )
+    if model.multilabel:
+        loss = F.binary_cross_entropy(p, truth)
+    else:
+        loss = -(p.log() * truth).sum(1).mean()
     return score(p, truth, has_several(targets)), loss.item()
 
 
@@ -285,7 +280,7 @@ def settle(cfg, flags, pack, valid, stem, targets):
     typed, path = cfg, f"{stem}.pt"
     flags = flags | dict(resume=cfg.resume and Path(path).exists())
     cfg, _, ckpt = common.begin(Config, flags, Path(stem).name, TASKS[cfg.task])
-    for name in ("data", "test_split", "valid_share"):
+    for name in ["data", "test_split", "valid_share"] + ["task"] * ("task" in flags):
         begun = ckpt and ckpt["config"]
         common.same(begun, name, getattr(typed, name), f"{path} was begun with another --{name}")
     common.same(ckpt, "pack", pack.info["id"], f"{path} was begun on other sounds than {pack.path} holds")
@@ -294,7 +289,7 @@ def settle(cfg, flags, pack, valid, stem, targets):
     check(
         len(valid) or not cfg.best,
         f"--best chooses on a valid split, and {pack.path} has none; add --valid_share 0.2 "
-        "(the test clips would flatter)",
+        "(the test clips would flatter)"
     )
     check(cfg.loss == "ce" or not cfg.smoothing, "--smoothing is for --loss ce")
     return cfg, ckpt
@@ -319,7 +314,7 @@ def finetune(cfg, flags, pack, split, stem, targets):
     best = ckpt["best"] if ckpt else -1.0
     if not ckpt:
         common.keep_old(best_path)
-    ddp = common.wrap(model, device, cfg.compile)
+    ddp = common.wrap(model, cfg.compile)
     log(
         f"{stem}: {len(train)} clips to train on, {len(valid)} to choose by, {len(test)} to test, "
         f"{len(pack.classes)} classes, {cfg.loss}, from {cfg.init}"
@@ -343,7 +338,7 @@ def finetune(cfg, flags, pack, split, stem, targets):
     batches = data.load_batches(data.Clips([pack]), dealt, cfg.workers)
     stop = common.Stop()
     model.train()
-    for step in common.progress(first, cfg.max_steps, "fine-tune"):
+    for step in common.progress(first, cfg.max_steps):
         seed = common.seed_step(cfg.seed, step)
         lr = common.set_lr(optimizer, cfg, step, "cosine")
         batch = next(batches)

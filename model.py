@@ -30,7 +30,7 @@ from audio import (
     fbank,
     on_cpu,
     patchify,
-    prepare_clips,
+    prepare_clips
 )
 from common import CheckpointError, read_checkpoint
 from recipes.tables import read_classes
@@ -57,10 +57,16 @@ class EncoderConfig:
 
 PRESETS = {
     "tiny": EncoderConfig(
-        layers=4, dim=192, ffn=768, heads=4, patch_dim=128, dropout=0.0, attention_dropout=0.0
+        layers=4,
+        dim=192,
+        ffn=768,
+        heads=4,
+        patch_dim=128,
+        dropout=0.0,
+        attention_dropout=0.0
     ),
     "base": EncoderConfig(),                                            # 90.3 M parameters
-    "large": EncoderConfig(layers=24, dim=1024, ffn=4096, heads=16),    # 311.4 M
+    "large": EncoderConfig(layers=24, dim=1024, ffn=4096, heads=16)    # 311.4 M
 }
 
 # blocks and width of the label predictor that goes with them; 0 = the encoder's width
@@ -121,7 +127,9 @@ def attend(q, k, v, gate, bias, key_bias, p=0.0):
         return flex_attend(q, k, v, gate, bias, key_bias)
     if ATTENTION == "fused" or ATTENTION == "auto" and q.is_cuda:
         bias = gate * bias if key_bias is None else gate * bias + key_bias
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=p)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias.to(q.dtype), dropout_p=p
+        )
 
     # on a CPU the backward pass of the fused kernel with a dense bias is several times slower
     scores = torch.addcmul((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), gate, bias)
@@ -167,7 +175,7 @@ class Attention(nn.Module):
         # the gate: two sums of four outputs; summing the weights first is the same and cheaper
         weight = self.gate.weight.view(2, 4, -1).sum(1)
         offset = self.gate.bias.view(2, 4).sum(1)
-        update, reset = F.linear(q, weight, offset).sigmoid().split(1, dim=-1)  # (B, H, T, 1)
+        update, reset = F.linear(q, weight, offset).sigmoid().split(1, dim=-1)      # (B, H, T, 1)
         gate = update * (reset * self.gate_scale[:, None, None] - 1) + 2
 
         y = attend(q, k, v, gate, bias, key_bias, self.dropout if self.training else 0.0)
@@ -244,13 +252,13 @@ class Transformer(nn.Module):
         if not self.training:
             return block(x, bias, key_bias)
 
-        if self.recompute:  # activations are not kept, but computed again in the backward pass
+        # activations are not kept, but computed again in the backward pass
+        if self.recompute:
             y = checkpoint(block, x, bias, key_bias, use_reentrant=False)
         else:
             y = block(x, bias, key_bias)
-        if (
-            self.cfg.layerdrop > 0
-        ):  # computed and left out: the same graph on every rank, every step
+        # computed and left out: the same graph on every rank and step
+        if self.cfg.layerdrop > 0:
             y = torch.where(torch.rand((), device=x.device) < self.cfg.layerdrop, x, y)
         return y
 
@@ -500,7 +508,9 @@ class MaskedAudioModel(nn.Module):
 
 def sinusoids(length, dim, device):
     """Return the (length, dim) sinusoidal embedding of time (Vaswani et al. 2017)."""
-    time, channel = torch.arange(length, device=device), torch.arange(0, dim, 2, device=device)
+    time, channel = torch.arange(length, device=device), torch.arange(
+        0, dim, 2, device=device
+    )
     angle = time[:, None] * 10000.0 ** (-channel / dim)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :dim]
 
@@ -628,7 +638,7 @@ OFFICIAL_NAMES = {  # ours -> theirs, part by part
     "attn.out": "self_attn.out_proj",
     "attn.qkv": "self_attn.qkv_proj",  # three of theirs, see official_names
     "ln1": "self_attn_layer_norm",
-    "ln2": "final_layer_norm",
+    "ln2": "final_layer_norm"
 }
 OFFICIAL_CFG = {  # ours -> theirs
     "layers": "encoder_layers",
@@ -645,7 +655,7 @@ OFFICIAL_CFG = {  # ours -> theirs
     "activation_dropout": "activation_dropout",
     "input_dropout": "dropout_input",
     "layerdrop": "encoder_layerdrop",
-    "grad_decay": "layer_wise_gradient_decay_ratio",
+    "grad_decay": "layer_wise_gradient_decay_ratio"
 }
 OFFICIAL_ALWAYS = {  # what every released file says, and this model is
     "deep_norm": True,
@@ -654,7 +664,7 @@ OFFICIAL_ALWAYS = {  # what every released file says, and this model is
     "layer_norm_first": False,
     "conv_bias": False,
     "activation_fn": "gelu",
-    "input_patch_size": PATCH_FRAMES,
+    "input_patch_size": PATCH_FRAMES
 }
 
 
@@ -725,10 +735,14 @@ def load_official(path, reorder=None, class_csv=None):
         )
     ckpt = read_checkpoint(path)
     if "cfg" not in ckpt:
-        raise CheckpointError(f"{path}: not an official checkpoint but one of ours; use load")
+        raise CheckpointError(
+            f"{path}: not an official checkpoint but one of ours; use load"
+        )
     model, rest = encoder_from_official(ckpt, path)
     if "quantize.embedding.weight" in rest:
-        raise CheckpointError(f"{path}: this file is a tokenizer; use tokenizer.load_tokenizer")
+        raise CheckpointError(
+            f"{path}: this file is a tokenizer; use tokenizer.load_tokenizer"
+        )
 
     if "predictor.weight" in rest:
         head = {part: rest.pop(f"predictor.{part}") for part in ("weight", "bias")}
@@ -736,7 +750,10 @@ def load_official(path, reorder=None, class_csv=None):
         labels = [names.get(i, str(i)) for i in range(len(head["bias"]))]
         model = Classifier(model, labels, dropout=ckpt["cfg"].get("predictor_dropout", 0.0))
         model.head.load_state_dict(head)
-    refuse_rest(rest, path)
+    if rest:
+        raise CheckpointError(
+            f"{path}: {len(rest)} unknown keys, {sorted(rest)[0]} the first"
+        )
     if reorder:
         if isinstance(model, Encoder):
             raise CheckpointError(
@@ -744,12 +761,6 @@ def load_official(path, reorder=None, class_csv=None):
             )
         model.reorder(class_csv)
     return model.eval()
-
-
-def refuse_rest(rest, path):
-    """Raise CheckpointError if keys of a released file were not used."""
-    if rest:
-        raise CheckpointError(f"{path}: {len(rest)} unknown keys, {sorted(rest)[0]} the first")
 
 
 def export_official(model, path):
@@ -760,14 +771,16 @@ def export_official(model, path):
     cfg |= dict(
         finetuned_model=True,
         predictor_dropout=model.dropout.p,
-        predictor_class=len(model.labels),
+        predictor_class=len(model.labels)
     )
     state |= {"predictor.weight": model.head.weight, "predictor.bias": model.head.bias}
     save_official(path, cfg, state, label_dict=dict(enumerate(model.labels)))
 
 
 def save_official(path, cfg, state, **more):
-    state = {key: value.detach().float().contiguous().clone() for key, value in state.items()}
+    state = {
+        key: value.detach().float().contiguous().clone() for key, value in state.items()
+    }
     torch.save({"cfg": cfg, "model": state} | more, path)
 
 

@@ -28,7 +28,7 @@ from audio import (
     is_silent,
     patchify,
     prepare_clips,
-    valid_tokens,
+    valid_tokens
 )
 from common import CheckpointError, all_sum, check, rank, read_checkpoint, world
 from model import (
@@ -39,7 +39,7 @@ from model import (
     encoder_to_official,
     load_state,
     save_official,
-    with_stacks,
+    with_stacks
 )
 
 
@@ -86,9 +86,8 @@ class RandomProjectionTokenizer(Tokenizer):
         patch = (PATCH_FRAMES, PATCH_BINS)
         random = torch.Generator().manual_seed(seed)  # its own: never the global seed
         filters = torch.randn(dim, 1, *((4, 4) if smooth else patch), generator=random)
-        filters = F.interpolate(
-            filters, patch, mode="bilinear"
-        )  # leaves filters of that size alone
+        # leaves those of that size alone
+        filters = F.interpolate(filters, patch, mode="bilinear")
         codebook = torch.randn(n_codes, dim, generator=random)
 
         self.register_buffer("filters", filters.flatten(1).T.contiguous())  # (256, dim)
@@ -105,7 +104,8 @@ class RandomProjectionTokenizer(Tokenizer):
     def codes(self, features, valid=None):
         with torch.autocast(features.device.type, enabled=False):
             z = F.normalize((self.project(features) - self.mean) @ self.whiten, dim=-1)
-            return (z @ self.codebook.T).argmax(-1)  # unit vectors: nearest = largest product
+            # unit vectors: nearest = largest product
+            return (z @ self.codebook.T).argmax(-1)
 
     def vectors(self):
         """Return what each code stands for, (K, dim)."""
@@ -113,7 +113,9 @@ class RandomProjectionTokenizer(Tokenizer):
 
     def state(self):
         """Return what a checkpoint needs to rebuild the tokenizer."""
-        return dict(kind="random_projection", tokenizer=self.config, model=self.state_dict())
+        return dict(
+            kind="random_projection", tokenizer=self.config, model=self.state_dict()
+        )
 
     @torch.no_grad()
     def fit_(self, batches):
@@ -129,7 +131,8 @@ class RandomProjectionTokenizer(Tokenizer):
             frames.append(x.unfold(1, PATCH_FRAMES, PATCH_FRAMES)[rows].mT.flatten(0, 1))
         frames = torch.cat(frames).double()  # (frames, 128)
         check(
-            len(frames), "the data is digital silence throughout; there is nothing to tokenize"
+            len(frames),
+            "the data is digital silence throughout; there is nothing to tokenize"
         )
 
         if not self.smooth:
@@ -137,7 +140,8 @@ class RandomProjectionTokenizer(Tokenizer):
             self.bin_std.fill_(2 * frames.std())
             return self
         self.bin_mean.copy_(frames.mean(0))
-        self.bin_std.copy_(frames.std(0).clamp(min=0.1))  # one mel bin is empty, hence constant
+        # one mel bin is empty, hence constant
+        self.bin_std.copy_(frames.std(0).clamp(min=0.1))
         z = torch.cat(
             [self.project(x)[tokens] for x, tokens in zip(features, sounding)]
         ).double()
@@ -191,6 +195,10 @@ class Codebook(nn.Module):
         centres: indices of the first centres, None = random.
         """
         z = F.normalize(gather_rows(z.float()), dim=-1)
+        check(
+            len(z),
+            "the data is digital silence throughout; there is nothing to make codes of"
+        )
         K = len(self.weight)
         if rank() == 0:
             if centres is None:
@@ -200,7 +208,9 @@ class Codebook(nn.Module):
             for _ in range(iterations):
                 codes = (z @ means.T).argmax(-1)
                 sums = torch.zeros_like(means).index_add_(0, codes, z)
-                means = torch.where(sums.any(1, keepdim=True), F.normalize(sums, dim=-1), means)
+                means = torch.where(
+                    sums.any(1, keepdim=True), F.normalize(sums, dim=-1), means
+                )
             self.weight.copy_(means)
         if world() > 1:
             dist.broadcast(self.weight, 0)
@@ -226,7 +236,8 @@ class Codebook(nn.Module):
     def revive_(self, z, use, threshold):
         """Put little used codes on random vectors of this step, where they start as average ones.
 
-        Little used: less than `threshold` times as often as the average. Returns how many, a tensor."""
+        Little used: less than `threshold` times as often as the average. Returns how many, a tensor.
+        """
         z = F.normalize(z.float(), dim=-1) * use[:, None]
         chance = use.float() + 1e-9  # a rank may have heard nothing but silence
         fresh = z[torch.multinomial(chance, len(self.weight), replacement=True)]
@@ -259,14 +270,16 @@ class SelfDistilledTokenizer(Tokenizer):
     The estimator exists for training only; 0 blocks = none. It predicts target(teacher's features).
     """
 
-    def __init__(self, encoder, n_codes=1024, code_dim=256, estimator_blocks=3, target_width=0):
+    def __init__(
+        self, encoder, n_codes=1024, code_dim=256, estimator_blocks=3, target_width=0
+    ):
         super().__init__()
         dim = encoder.cfg.dim
         self.config = dict(
             n_codes=n_codes,
             code_dim=code_dim,
             estimator_blocks=estimator_blocks,
-            target_width=target_width,
+            target_width=target_width
         )
         self.n_codes = n_codes
         self.encoder = encoder
@@ -311,7 +324,7 @@ class SelfDistilledTokenizer(Tokenizer):
             kind="tokenizer",
             tokenizer=self.config,
             encoder=dataclasses.asdict(self.encoder.cfg),
-            model=self.state_dict(),
+            model=self.state_dict()
         )
 
     @torch.no_grad()
@@ -367,7 +380,7 @@ def code_use(counts):
         codes_used=int((total > 0).sum()),
         dead_codes=int((total == 0).sum()),
         perplexity=entropy(total).exp().item(),
-        entropy_given_band=(entropy(counts) * share).sum().item(),
+        entropy_given_band=(entropy(counts) * share).sum().item()
     )
 
 
@@ -434,6 +447,6 @@ def export_official_tokenizer(tokenizer, path):
         "quantize.embedding.cluster_size": codebook.cluster_size,
         "quantize.embedding.embed_avg": torch.zeros_like(codebook.weight),
         "quantize.embedding.initted": torch.ones(1),
-        "quantize.cluster_size": codebook.cluster_size,
+        "quantize.cluster_size": codebook.cluster_size
     }
     save_official(path, cfg, state)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import common
 import data
-from audio import fbank, is_silent, patchify
+from audio import SAMPLE_RATE, fbank, is_silent, num_tokens, patchify
 from common import all_sum, autocast, check
 from evaluate import probe_score
 from model import (
@@ -37,7 +37,7 @@ from model import (
     flops_of,
     load_encoder,
     random_mask,
-    recompute_blocks,
+    recompute_blocks
 )
 from tokenizer import RandomProjectionTokenizer, code_use, count_codes, load_tokenizer
 
@@ -88,9 +88,8 @@ def prepare(batch, encoder, tokenizer, mask_ratio):
     """Return what the model takes, and targets (B, M): the codes of the masked patches, -1 = none."""
     features, codes = listen(batch, tokenizer)
     keep, masked = random_mask(batch["noise"], batch["valid"], mask_ratio)
-    targets = F.pad(codes, (0, 1), value=-1).gather(
-        1, masked
-    )  # masked is T where a clip has fewer
+    codes = F.pad(codes, (0, 1), value=-1)  # masked is T where a clip has fewer
+    targets = codes.gather(1, masked)
     patches = patchify(encoder.normalise(features))
     return dict(patches=patches, valid=batch["mask"], keep=keep, masked=masked), targets
 
@@ -132,7 +131,7 @@ def find_tokenizer(cfg, sounds, ckpt):
     typed = f" --data {cfg.data}" if cfg.data else ""
     check(
         os.path.exists(path),
-        f"{path}: no such tokenizer; make it with: python train_tokenizer.py --iter {cfg.iter}{typed}",
+        f"{path}: no such tokenizer; make it with: python train_tokenizer.py --iter {cfg.iter}{typed}"
     )
     return load_tokenizer(path), path
 
@@ -149,7 +148,7 @@ def find_encoder(cfg, sounds, ckpt):
 def meter_of(model, sounds, cfg, device):
     """Return the meter of speed and losses. The backward pass costs twice the forward."""
     seconds = sounds.mean_seconds()
-    tokens = data.num_tokens(round(seconds * data.SAMPLE_RATE))
+    tokens = num_tokens(round(seconds * SAMPLE_RATE))
     flops = flops_of(model.encoder, tokens * (1 - cfg.mask_ratio)) + flops_of(model.predictor, tokens)
     return common.Meter(device, cfg.dtype, 3 * flops / seconds)
 
@@ -174,13 +173,13 @@ def main(**flags):
 
     # model
     encoder = find_encoder(cfg, sounds, ckpt)
-    blocks, dim = PREDICTORS["base" if cfg.init else cfg.model]
+    blocks, dim = PREDICTORS["base" if cfg.init else cfg.model]  # as wide as an encoder that is given
     shape = cfg.predictor_blocks or blocks, cfg.predictor_dim or dim, cfg.predictor_heads
     model = MaskedAudioModel(encoder, tokenizer.n_codes, *shape).to(device)
     recompute_blocks(model, cfg.recompute)
     optimizer = common.make_optimizer(model, cfg.lr, cfg.weight_decay)
     first, place = common.restore(cfg, path, ckpt, model, optimizer)
-    ddp = common.wrap(model, device, cfg.compile)
+    ddp = common.wrap(model, cfg.compile)
     log(
         f"iteration {cfg.iter}: {common.millions(encoder):.1f} M encoder, {common.millions(model):.1f} M "
         f"with predictor, {sounds}, on {world} x {device.type}, codes of {source}"
@@ -191,8 +190,11 @@ def main(**flags):
     before = ckpt["probe"] if ckpt else math.nan
     if probe_pack and not ckpt:
         before = probe_score(encoder, probe_pack, device, cfg.dtype)
-    counts = [count_codes(listen(some, tokenizer)[1], tokenizer.n_codes) for some in sounds.sample(device)]
-    use = code_use(all_sum(sum(counts)))
+    counts = 0
+    for batch in sounds.sample(device):
+        _, codes = listen(batch, tokenizer)
+        counts += count_codes(codes, tokenizer.n_codes)
+    use = code_use(all_sum(counts))
     log("codes of the training data:", **use)
 
     # training

@@ -36,7 +36,7 @@ PAPER = dict(
     warmup_steps=32_000,
     dropout=0.1,
     weight_decay=0.01,
-    crop_seconds=0.0,
+    crop_seconds=0.0
 )
 TABLE_4 = {"ssl": PAPER | dict(lr=5e-5), "sl": PAPER | dict(lr=5e-4)}
 
@@ -148,9 +148,7 @@ def start(model, teacher, sounds, cfg, device):
     model.eval()
     outputs, taught = [], []
     for batch in sounds.sample(device):
-        inputs, target, use = prepare(
-            batch, model, teacher, cfg
-        )  # target: still as the teacher gives it
+        inputs, target, use = prepare(batch, model, teacher, cfg)  # target: as the teacher gives it
         with autocast(device, cfg.dtype):
             output = model.encoder(**inputs)
         outputs.append(output[use].float())
@@ -179,7 +177,7 @@ def find_teacher(cfg):
     check(
         os.path.exists(path),
         f"{path}: no such teacher; make it with: python train_mam.py --iter {cfg.iter - 1}{typed}, "
-        "or name one with --teacher",
+        "or name one with --teacher"
     )
     return load(path).requires_grad_(False), path
 
@@ -228,7 +226,7 @@ def main(**flags):
     teacher.to(device)
     check(
         cfg.teacher_layers == "last" or isinstance(teacher, Encoder),
-        f"--teacher_layers {cfg.teacher_layers} is for pre-trained teachers; {source} is a classifier",
+        f"--teacher_layers {cfg.teacher_layers} is for pre-trained teachers; {source} is a classifier"
     )
     packs = cfg.data or data.toy_pack(cfg.out_dir)
     sounds = data.Sounds(packs, cfg.crop_seconds, cfg.batch_seconds, cfg.seed, cfg.workers)
@@ -249,7 +247,7 @@ def main(**flags):
     )
     if not ckpt:
         start(model, teacher, sounds, cfg, device)
-    ddp = common.wrap(model, device, cfg.compile)
+    ddp = common.wrap(model, cfg.compile)
 
     # training
     meter = meter_of(model, teacher, sounds, cfg, device)
@@ -293,7 +291,8 @@ def main(**flags):
         last = stopped or done == cfg.max_steps
         if last or done % cfg.log_every == 0:
             used = code_use(all_sum(counts))
-            log(step=done, **meter.read(), **used, revived=int(revived), lr=lr, epoch=batch["next"][0])
+            used |= dict(revived=int(revived), lr=lr, epoch=batch["next"][0])
+            log(step=done, **meter.read(), **used)
             counts, revived = torch.zeros_like(counts), 0
             if used["perplexity"] < 0.05 * cfg.codes:
                 log(COLLAPSE)

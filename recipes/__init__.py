@@ -14,7 +14,8 @@ from_esc50.py is a short one to copy; recipes/tables.py holds what they share. A
     split, group        train, valid, test or a fold; what has to stay together, as a speaker ("" = none)
     file, start, end    where its audio is, start and end in seconds; end None = the end of the file
     max_seconds         if it is there: the length of the clips, where the pack's will not do
-    problem             if it is there: why it cannot be used; it is listed as skipped
+
+A row whose file is not there, or cannot be read, is listed as skipped.
 """
 
 import importlib

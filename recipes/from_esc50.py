@@ -18,7 +18,7 @@ def rows(args):
     for where, fields in read_table(root / "meta/esc50.csv"):
         check(
             len(fields) == 7,
-            f"{where}: not ESC-50's table, filename,fold,target,category,esc10,src_file,take",
+            f"{where}: not ESC-50's table, filename,fold,target,category,esc10,src_file,take"
         )
         name, fold, target, category, _, recording, _ = fields
         if target.isdigit():  # the header has none

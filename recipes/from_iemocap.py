@@ -25,7 +25,7 @@ def rows(args):
         tables = folder / "dialog/EmoEvaluation"
         check(
             tables.is_dir(),
-            f"{tables}: no such folder; Session1 to Session5 are all needed, in the folder you name",
+            f"{tables}: no such folder; Session1 to Session5 are all needed, in the folder you name"
         )
 
         for table in sorted(tables.glob("[!.]*.txt")):

@@ -22,21 +22,19 @@ def rows(args):
     check(
         args.seed >= 0 and args.clips >= 1, "--seed is not negative, and --clips is at least 1"
     )
-    return toy_rows(args.clips, args.seed), CLASSES
+    return [row_of(i, args.seed) for i in range(args.clips)], CLASSES
 
 
-def toy_rows(clips, seed):
-    """Return the rows of so many sounds, class by class in turn."""
-    return [
-        dict(
-            path=f"toy-{i:05d}",
-            labels=[CLASSES[i % 10]],
-            split="test" if i % 40 < 10 else "train",
-            group="",
-            key=[seed, i],
-        )
-        for i in range(clips)
-    ]
+def row_of(i, seed):
+    """Return the row of sound number i: class by class in turn."""
+    split = "test" if i % 40 < 10 else "train"
+    return dict(
+        path=f"toy-{i:05d}",
+        labels=[CLASSES[i % 10]],
+        split=split,
+        group="",
+        key=[seed, i]
+    )
 
 
 def read(row):
@@ -46,7 +44,8 @@ def read(row):
 
 def make_toy(out, clips=1600, seed=0):
     """Make a pack of the built-in sounds: 80 minutes by default."""
-    return write_pack(out, toy_rows(clips, seed), read, CLASSES, "toy", workers=os.cpu_count())
+    sounds = [row_of(i, seed) for i in range(clips)]
+    return write_pack(out, sounds, read, CLASSES, "toy", workers=os.cpu_count())
 
 
 def toy_pack(out_dir):

@@ -12,7 +12,6 @@ which gets its name when all is there.
 """
 
 import argparse
-import collections
 import csv
 import hashlib
 import json
@@ -22,6 +21,7 @@ import resource
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,13 @@ from common import UserError, check, write_whole
 
 RUN = 500  # recordings in a shard: what a killed packing does again
 INDEX = np.dtype(
-    [("shard", "i4"), ("offset", "i8"), ("samples", "i4"), ("row", "i4"), ("crc", "u4")]
+    [
+        ("shard", "i4"),
+        ("offset", "i8"),
+        ("samples", "i4"),
+        ("row", "i4"),
+        ("crc", "u4")
+    ]
 )
 
 # -----------------------------------------------------------------------------
@@ -56,36 +62,35 @@ def write_pack(
     """
     out = Path(out)
     check(not out.exists(), f"{out} exists; remove it or choose another --out")
-    check(
-        MIN_SAMPLES <= max_seconds * SAMPLE_RATE < 2**31,
-        f"--max_seconds {max_seconds}: has to be at least 0.175, the length of one patch, and finite",
-    )
+    check(0.175 <= max_seconds < 1e5, f"--max_seconds {max_seconds}: 0.175 (a patch) to 1e5")
     classes = class_list(rows, classes)
 
-    def decode(row):
-        return cut_recording(row, read, row.get("max_seconds", max_seconds))
-
-    partial = out.with_name(f"{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    notes = []
+    folder = out.with_name(f"{out.name}.partial")
+    folder.mkdir(parents=True, exist_ok=True)
+    index, notes, sizes = [], [], []
     with tqdm(total=len(rows), desc=f"packing {out.name}", unit="file", disable=None) as bar:
         for first in range(0, len(rows), RUN):
             run = rows[first : first + RUN]
-            notes += write_shard(partial, first // RUN, run, decode, max_seconds, workers, bar)
+            shard = write_shard(folder, first // RUN, run, read, max_seconds, workers, bar)
+            index += map(tuple, shard["index"])
+            notes += shard["notes"]
+            sizes.append(shard["samples"])
 
-    skipped = [
-        (row["path"], note["reason"]) for row, note in zip(rows, notes) if note["reason"]
+    skipped = [(row["path"], note) for row, note in zip(rows, notes) if note]
+    if not index:
+        shutil.rmtree(folder)
+        raise UserError(
+            f"{source}: no usable audio in {len(rows)} files, {notes[:1]} the first"
+        )
+    write_table(folder / "skipped.csv", ["path", "reason"], skipped)
+    table = [
+        (row["path"], ";".join(row["labels"]), row["split"], row["group"])
+        for row in rows
     ]
-    index, ends = index_of(notes)
-    if not len(index):
-        shutil.rmtree(partial)
-        first = f"; {len(skipped)} files skipped, the first: {skipped[0][1]}" if skipped else ""
-        raise UserError(f"{source}: no usable audio{first}")
-    write_whole(partial / "index.npy", lambda file: np.save(file, index))
-    write_table(partial / "skipped.csv", ["path", "reason"], skipped)
-    table = [(row["path"], ";".join(row["labels"]), row["split"], row["group"]) for row in rows]
-    write_table(partial / "clips.csv", ["path", "labels", "split", "group"], table)
+    write_table(folder / "clips.csv", ["path", "labels", "split", "group"], table)
 
+    index = np.array(index, INDEX)
+    write_whole(folder / "index.npy", lambda file: np.save(file, index))
     info = dict(
         version=2,
         id=hashlib.sha256(index.tobytes()).hexdigest()[:16],
@@ -93,26 +98,22 @@ def write_pack(
         classes=classes,
         clips=len(index),
         hours=round(index["samples"].sum() / SAMPLE_RATE / 3600, 4),
-        skipped=len(skipped),
-        rests_dropped=sum(note["dropped"] for note in notes),
-        shards=ends,
+        shards=sizes
     )
-    write_json(partial / "pack.json", info)
-    info |= fbank_stats(Pack(partial))
-    write_json(partial / "pack.json", info)
-    os.replace(partial, out)
-    tidy(out, len(ends))
+    write_json(folder / "pack.json", info)
+    info |= fbank_stats(Pack(folder))
+    write_json(folder / "pack.json", info)
+    os.replace(folder, out)
 
-    print(
-        f"{out}: {len(index)} clips, {info['hours']:.2f} h, {len(classes)} classes, "
-        f"fbank {info['fbank_mean']:.3f} +- {info['fbank_std']:.3f} over {info['fbank_clips']} clips"
-    )
-    if skipped:
-        print(
-            f"{len(skipped)} of {len(rows)} files skipped, listed in {out / 'skipped.csv'}, "
-            f"the first: {skipped[0][1]}"
-        )
-    return Pack(out)
+    # what vouched for the shards, and what was left by packings that were killed, or were larger
+    wanted = [f"audio-{number:05d}.bin" for number in range(len(sizes))]
+    for path in [*out.glob("[as]*-*"), *out.glob("*.partial")]:
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
+
+    pack = Pack(out)
+    describe(pack)
+    return pack
 
 
 def in_order(function, items, workers):
@@ -124,14 +125,14 @@ def in_order(function, items, workers):
         yield from map(function, items)
         return
     with ThreadPoolExecutor(workers) as pool:
-        ahead = collections.deque()
+        ahead = []
         try:
             for item in items:
                 ahead.append(pool.submit(function, item))
                 if len(ahead) > 3 * workers:
-                    yield ahead.popleft().result()
+                    yield ahead.pop(0).result()
             while ahead:
-                yield ahead.popleft().result()
+                yield ahead.pop(0).result()
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -140,65 +141,62 @@ def class_list(rows, classes):
     """Return the class names: those given, or the labels that occur, sorted."""
     labels = {label for row in rows for label in row["labels"]}
     classes = sorted(labels) if classes is None else list(classes)
-    unknown = sorted(labels.difference(classes))
-    check(
-        not unknown, f"{len(unknown)} labels are not in the class list, {unknown[:1]} the first"
-    )
-    bad = [name for name in classes if ";" in name]
-    check(
-        not bad,
-        f"the class name {bad[:1]} holds a semicolon, which separates labels; rename it",
-    )
+    unknown = labels.difference(classes)
+    check(not unknown, f"labels that are not in the class list: {sorted(unknown)[:9]}")
+    check(";" not in "".join(classes), "a class name has a semicolon, which separates labels")
     return classes
 
 
-def cut_recording(row, read, max_seconds):
-    """Decode a recording: its clips, int16, and a note of them, or of the reason why there are none."""
+def cut_recording(read, max_seconds, row):
+    """Decode a recording. Returns [(clip, its checksum), ...], int16, and why there are none, or ""."""
     try:
-        check("problem" not in row, row.get("problem"))
         x = (read(row) * 32768).round().clip(-32768, 32767).astype("<i2")
-        seconds = len(x) / SAMPLE_RATE
-        short = f"{row['path']}: {seconds:.3f} s is shorter than one patch (0.175 s)"
-        check(len(x) >= MIN_SAMPLES, short)
+        check(
+            len(x) >= MIN_SAMPLES,
+            f"{row['path']}: {len(x) / SAMPLE_RATE:.3f} s is shorter than one patch (0.175 s)"
+        )
     except UserError as error:
-        return [], dict(clips=[], dropped=0, reason=str(error))
+        return [], str(error)
 
-    longest = int(max_seconds * SAMPLE_RATE)
-    pieces = [x[start : start + longest] for start in range(0, len(x), longest)]
-    clips = [piece for piece in pieces if len(piece) >= MIN_SAMPLES]
-    marks = [(len(clip), zlib.crc32(clip)) for clip in clips]
-    return clips, dict(clips=marks, dropped=len(pieces) - len(clips), reason="")
+    # the rest of a long one, if it is shorter than a patch, is dropped
+    longest = int(row.get("max_seconds", max_seconds) * SAMPLE_RATE)
+    starts = range(0, len(x) - MIN_SAMPLES + 1, longest)
+    clips = [x[start : start + longest] for start in starts]
+    return [(clip, zlib.crc32(clip)) for clip in clips], ""
 
 
-def write_shard(folder, number, rows, decode, max_seconds, workers, bar):
+def write_shard(folder, number, rows, read, max_seconds, workers, bar):
     """Write the audio of a run of recordings, and then the small file that vouches for it.
 
-    That holds the notes, which are returned, and a stamp of what they were made of: of other rows,
-    or of files that have changed since, the shard is made anew.
+    Its content is returned: the index of the clips, how many samples they have, a note per recording, why
+    it was left out, and a stamp of what it was made of: of other rows, or of files that have changed since,
+    the shard is made anew.
     """
-    stamp = hashlib.sha256(repr((INDEX, max_seconds)).encode())
-    for row in rows:
-        stamp.update(repr((row, file_stamp(row))).encode())
-    stamp = stamp.hexdigest()
+    origin = repr([INDEX, max_seconds, rows, *map(file_stamp, rows)])
+    stamp = hashlib.sha256(origin.encode()).hexdigest()
     done = folder / f"shard-{number:05d}.json"
     if done.exists():
         shard = json.loads(done.read_text())
         if shard["stamp"] == stamp:
             bar.update(len(rows))
-            return shard["notes"]
+            return shard
         done.unlink(missing_ok=True)
 
-    notes = []
+    shard = dict(stamp=stamp, samples=0, index=[], notes=[])
 
     def write(file):
-        for clips, note in in_order(decode, rows, workers):
-            file.writelines(clips)
-            notes.append(note)
+        decoded = in_order(partial(cut_recording, read, max_seconds), rows, workers)
+        for row, (clips, note) in enumerate(decoded, start=number * RUN):
+            for clip, crc in clips:
+                shard["index"].append((number, shard["samples"], len(clip), row, crc))
+                shard["samples"] += len(clip)
+                file.write(clip)
+            shard["notes"].append(note)
             bar.update()
 
     write_whole(folder / f"audio-{number:05d}.bin", write)
-    write_json(done, dict(stamp=stamp, notes=notes))
-    return notes
+    write_json(done, shard)
+    return shard
 
 
 def write_json(path, content):
@@ -214,29 +212,9 @@ def file_stamp(row):
         return None
 
 
-def tidy(folder, shards):
-    """Leave the audio of so many shards, and nothing of this packing or an earlier one besides."""
-    wanted = [f"audio-{number:05d}.bin" for number in range(shards)]
-    for path in [*folder.glob("audio-*"), *folder.glob("shard-*"), *folder.glob("*.partial")]:
-        if path.name not in wanted:
-            path.unlink(missing_ok=True)
-
-
 def write_table(path, header, rows):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-
-
-def index_of(notes):
-    """Return where each clip is, an array of INDEX, and the samples in each shard."""
-    index, ends = [], []
-    for row, note in enumerate(notes):
-        if row % RUN == 0:
-            ends.append(0)
-        for samples, crc in note["clips"]:
-            index.append((len(ends) - 1, ends[-1], samples, row, crc))
-            ends[-1] += samples
-    return np.array(index, INDEX), ends
 
 
 def fbank_stats(pack, clips=2000):
@@ -244,13 +222,13 @@ def fbank_stats(pack, clips=2000):
     chosen = np.linspace(0, len(pack) - 1, min(clips, len(pack))).astype(int)
     count, total, squares = 0, 0.0, 0.0
     for i in tqdm(chosen, "fbank statistics", unit="clip", disable=None, leave=False):
-        x = fbank(pack.wav(i)[None]).double()
-        count += x.numel()
-        total += x.sum().item()
-        squares += x.square().sum().item()
+        x = fbank(pack.wav(i)[None]).double().numpy()
+        count += x.size
+        total += x.sum()
+        squares += (x**2).sum()
     mean = total / count
-    std = math.sqrt(max(0.0, squares / count - mean**2))
-    return dict(fbank_mean=mean, fbank_std=std, fbank_clips=len(chosen), front_end=FRONT_END)
+    std = math.sqrt(abs(squares / count - mean**2))
+    return dict(fbank_mean=mean, fbank_std=std, front_end=FRONT_END)
 
 
 # -----------------------------------------------------------------------------
@@ -265,14 +243,14 @@ class Pack:
         try:
             self.info = json.loads((self.path / "pack.json").read_text())
             self.index = np.load(self.path / "index.npy", mmap_mode="r").view(np.ndarray)
-            again = f"remove {path} and make it again from {self.info['source']}"
             whole = self.info["version"] == 2 and len(self.index) == self.info["clips"]
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
-            raise UserError(
-                f"{path} is not a pack, or a damaged one (no readable pack.json and index.npy); "
-                "make it: python data.py folder DIR --out PACK"
-            ) from None
-        check(whole, f"{path}: made by another version, or its index has lost clips; {again}")
+        except (OSError, ValueError, KeyError, EOFError):
+            whole = False
+        check(
+            whole,
+            f"{path} is not a pack, or a damaged one or one of another version; "
+            "make it: python data.py --help"
+        )
         self.classes = self.info["classes"]
         self.samples = self.index["samples"].copy()
 
@@ -285,7 +263,7 @@ class Pack:
             size = file.stat().st_size if file.exists() else 0
             check(
                 size == 2 * samples,
-                f"{file}: {size} bytes instead of {2 * samples}; the pack is damaged, {again}",
+                f"{file}: {size} bytes instead of {2 * samples}; the pack is damaged, make it again"
             )
             self.shards.append(open(file, "rb", buffering=0))
 
@@ -300,10 +278,7 @@ class Pack:
         """Fill `out`, contiguous int16, with clip i from sample `start` on. Threads may do so at once."""
         shard, offset, *_ = self.index[i].item()
         read = os.preadv(self.shards[shard].fileno(), [out], 2 * (offset + start))
-        check(
-            read == out.nbytes,
-            f"{self.path}: shard {shard} has become shorter; make the pack again",
-        )
+        check(read == out.nbytes, f"{self.path}: shard {shard} is shorter than it was")
 
     def audio(self, i):
         """Read clip i: (n,) int16."""
@@ -315,35 +290,24 @@ class Pack:
         """Read clip i: (n,) float32 in [-1, 1]."""
         return torch.from_numpy(self.audio(i) / np.float32(32768))
 
-    def rows(self):
-        """Read clips.csv, a dict per recording."""
-        with open(self.path / "clips.csv", newline="") as file:
+    def rows(self, name="clips.csv"):
+        """Read a table, a dict per recording."""
+        with open(self.path / name, newline="") as file:
             return list(csv.DictReader(file))
+
+    def skipped(self):
+        """Return (path, reason) of the recordings that were left out."""
+        return [tuple(row.values()) for row in self.rows("skipped.csv")]
 
     def table(self):
         """Return per clip a list of class numbers, and split and group as arrays of str."""
         number = {name: i for i, name in enumerate(self.classes)}
         rows = self.rows()
-        labels = [[number[name] for name in row["labels"].split(";") if name] for row in rows]
-        split, group = (np.array([row[key] for row in rows]) for key in ("split", "group"))
-        recording = self.index["row"]
-        return [labels[i] for i in recording], split[recording], group[recording]
-
-    def skipped(self):
-        """Return (path, reason) of the files that were left out."""
-        with open(self.path / "skipped.csv", newline="") as file:
-            return [tuple(row) for row in csv.reader(file)][1:]
-
-    def damaged(self):
-        """Return the numbers of the clips whose audio is not what it was when packed."""
-        clips = tqdm(
-            range(len(self)),
-            f"checking {self.path.name}",
-            unit="clip",
-            disable=None,
-            leave=False,
-        )
-        return [i for i in clips if zlib.crc32(self.audio(i)) != self.index["crc"][i]]
+        clips = [rows[i] for i in self.index["row"]]
+        labels = [[number[name] for name in row["labels"].split(";") if name] for row in clips]
+        split = np.array([row["split"] for row in clips])
+        group = np.array([row["group"] for row in clips])
+        return labels, split, group
 
 
 def open_packs(spec):
@@ -351,22 +315,19 @@ def open_packs(spec):
 
     Returns the packs and their shares of the sampled seconds, summing to 1; None without weights.
     """
-    parts = [
-        part.rpartition(":") if ":" in part else (part, ":", "") for part in spec.split(",")
-    ]
+    parts = [part.partition(":") for part in spec.split(",")]
     packs = [Pack(path) for path, _, _ in parts]
-    try:
-        weights = np.array([weight for _, _, weight in parts if weight], float)
-    except ValueError:
-        raise UserError(
-            f"--data {spec}: weights are numbers, as in packs/a:0.4,packs/b:0.6"
-        ) from None
-    if not len(weights):
+    weights = [weight for _, _, weight in parts if weight]
+    if not weights:
         return packs, None
-    positive = (weights > 0) & np.isfinite(weights)
+    wrong = f"--data {spec}: give every pack a positive weight, as in packs/a:0.4,packs/b:0.6, or none"
+    try:
+        weights = np.array(weights, float)
+    except ValueError:
+        raise UserError(wrong) from None
     check(
-        len(weights) == len(packs) and positive.all(),
-        f"--data {spec}: give every pack a positive weight, or none",
+        len(weights) == len(packs) and 0 < weights.min() and weights.max() < np.inf,
+        wrong
     )
     return packs, weights / weights.sum()
 
@@ -388,45 +349,41 @@ def hold_out(recording, share=0.05, most=400, seed=0):
 def splits_of(pack, test_split="", fold="", valid_share=0.0):
     """Return {fold: (train, valid, test) clip numbers}.
 
-    The only fold of a pack without folds is called "". valid may be empty.
+    The only fold of a pack without folds is called "". valid may be empty; valid_share of the training
+    recordings takes its place, the same ones for every seed.
     """
     check(
-        pack.classes,
-        f"{pack.path} has no labels; pack it with a label column (python data.py csv --help)",
+        pack.classes, f"{pack.path} has no labels (python data.py csv --help: --label_column)"
     )
     _, split, _ = pack.table()
-    names = set(split)
-    folds = sorted(names, key=int) if all(name.isdigit() for name in names) else []
-    splits = {}
-    if len(folds) > 1:
-        wanted = fold.split(",") if fold else folds
+    names = sorted(set(split))
+    masks = {}
+    if len(names) > 1 and all(name.isdigit() for name in names):
+        wanted = fold.split(",") if fold else sorted(names, key=int)
         check(
-            names.issuperset(wanted),
-            f"{pack.path} has the folds {', '.join(folds)}, not {fold}",
+            set(wanted) <= set(names),
+            f"{pack.path} has the folds {', '.join(names)}, not {fold}"
         )
         for k in wanted:
-            splits[k] = split != k, split == "", split == k
+            masks[k] = split != k, split == "", split == k
     else:
-        test = test_split or first_of(["test", "eval"], names)
-        valid = first_of(["valid", "val", "validation", "dev"], names - {test})
+        train = split == "train"
+        test = split == (test_split or ("test" if "test" in names else "eval"))
+        valid = np.isin(split, ["valid", "val", "validation", "dev"]) & ~test
         check(
-            {"train", test} <= names,
-            f"{pack.path} has the splits {', '.join(sorted(names)) or '(none)'}; "
-            "training needs train and test, or folds 1, 2, ...",
+            train.any() and test.any(),
+            f"{pack.path} has the splits {names}; training needs train and test, or folds 1, 2, ..."
         )
-        splits[""] = split == "train", split == valid, split == test
+        masks[""] = train, valid, test
 
-    for k, masks in splits.items():
-        train, valid, test = map(np.flatnonzero, masks)
-        if valid_share and not len(valid):  # whole recordings, the same for every seed
+    splits = {}
+    for k in masks:
+        train, valid, test = map(np.flatnonzero, masks[k])
+        if valid_share and not len(valid):
             held = hold_out(pack.index["row"][train], valid_share, most=len(train))
             train, valid = train[~held], train[held]
         splits[k] = train, valid, test
     return splits
-
-
-def first_of(options, names):
-    return next((name for name in options if name in names), None)
 
 
 def targets_of(pack):
@@ -441,48 +398,50 @@ def targets_of(pack):
 # command line
 
 
-def pack(args):
+def pack(recipe, args):
     """Make a pack by a recipe."""
-    rows, classes = args.recipe.rows(args)
-    read = getattr(args.recipe, "read", read_row)
+    rows, classes = recipe.rows(args)
+    read = getattr(recipe, "read", read_row)
     write_pack(args.out, rows, read, classes, args.source, args.max_seconds, args.workers)
 
 
-def show_stats(args):
+def describe(pack):
     """Print what is in a pack."""
 
     def counts(values):
         names, numbers = np.unique(values, return_counts=True)
-        return (
-            ", ".join(f"{name or '(none)'} {count}" for name, count in zip(names, numbers))
-            or "(none)"
-        )
+        return ", ".join(f"{name or '(none)'} {count}" for name, count in zip(names, numbers))
 
-    opened = Pack(args.pack)
-    info, seconds = opened.info, opened.samples / SAMPLE_RATE
-    labels, split, group = opened.table()
-    classes = [opened.classes[number] for row in labels for number in row]
+    info, seconds = pack.info, pack.samples / SAMPLE_RATE
+    labels, split, group = pack.table()
+    classes = [pack.classes[number] for row in labels for number in row]
+    skipped = pack.skipped()
     print(
-        f"{args.pack}: {len(opened)} clips of {seconds.min():.2f} to {seconds.max():.2f} s, "
+        f"{pack.path}: {len(pack)} clips of {seconds.min():.2f} to {seconds.max():.2f} s, "
         f"{info['hours']:.2f} h from {info['source']}\n"
-        f"fbank mean {info['fbank_mean']:.5f} std {info['fbank_std']:.5f} over {info['fbank_clips']} "
-        f"evenly spaced clips\n"
+        f"fbank mean {info['fbank_mean']:.5f} std {info['fbank_std']:.5f}\n"
         f"splits: {counts(split)}\n"
         f"{len(np.unique(group))} groups\n"
-        f"classes: {counts(classes)}\n"
-        f"{info['skipped']} files skipped, {info['rests_dropped']} rests of under 0.175 s left out "
-        "when cutting long files"
+        f"classes: {counts(classes) or '(none)'}\n"
+        f"{len(skipped)} of {len(pack.rows())} files skipped, listed in {pack.path / 'skipped.csv'}"
     )
-    for _, reason in opened.skipped():
+    for _, reason in skipped[:10]:
         print("  " + reason)
 
 
+def show_stats(args):
+    describe(Pack(args.pack))
+
+
 def check_pack(args):
-    damaged = Pack(args.pack).damaged()
+    """Raise UserError unless the audio of every clip is what it was when packed."""
+    pack = Pack(args.pack)
+    clips = tqdm(range(len(pack)), "checking", disable=None)
+    damaged = [i for i in clips if zlib.crc32(pack.audio(i)) != pack.index["crc"][i]]
     check(
         not damaged,
         f"{args.pack}: {len(damaged)} clips are not what was packed, number {damaged[:1]} the first; "
-        "remove it and make it again",
+        "remove it and make it again"
     )
     print(f"{args.pack}: every clip is as it was packed")
 
@@ -499,8 +458,7 @@ def main(doc, argv=None):
         return added
 
     for name, recipe in recipes.commands().items():
-        flags = command(name, recipe.__doc__, pack)
-        flags.set_defaults(recipe=recipe)
+        flags = command(name, recipe.__doc__, partial(pack, recipe))
         recipe.add_flags(flags)
         flags.add_argument("--out", required=True, help="the pack to make")
         flags.add_argument(
@@ -508,13 +466,13 @@ def main(doc, argv=None):
             "--max-seconds",
             type=float,
             default=10.0,
-            help="longer recordings are cut into clips of this length [10]",
+            help="longer recordings are cut into clips of this length [10]"
         )
         flags.add_argument(
             "--workers",
             type=int,
             default=os.cpu_count(),
-            help="threads that decode [one per core]",
+            help="threads that decode [one per core]"
         )
     command("stats", "What is in a pack.", show_stats).add_argument("pack")
     command("check", "A pack's audio against its checksums.", check_pack).add_argument("pack")

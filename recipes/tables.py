@@ -17,7 +17,7 @@ def row_of(file, root, labels, split="", group="", **more) -> dict:
         group=group,
         file=file,
         start=0.0,
-        end=None,
+        end=None
     )
     return row | more
 
@@ -40,7 +40,7 @@ def read_table(path):
                 where = f"{path}, line {reader.line_num}"
                 check(
                     "\n" not in "".join(fields),
-                    f"{where}: a quotation mark is open over several lines",
+                    f"{where}: a quotation mark is open over several lines"
                 )
                 yield where, fields
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -58,7 +58,7 @@ def read_classes(path) -> dict:
         for number, fields in enumerate(lines):
             check(
                 fields.pop(0) == str(number) and len(fields) == 2,
-                f"{path}: the index column does not count 0, 1, 2, ...",
+                f"{path}: the index column does not count 0, 1, 2, ..."
             )
     else:
         lines = [[",".join(fields).strip()] for fields in lines]
@@ -66,7 +66,7 @@ def read_classes(path) -> dict:
     classes = {fields[0]: fields[-1] for fields in lines}
     check(
         0 < len(classes) == len(lines),
-        f"{path}: wants one class name a line, each once, or the header index,mid,display_name",
+        f"{path}: wants one class name a line, each once, or the header index,mid,display_name"
     )
     return classes
 
@@ -79,8 +79,5 @@ def seconds_of(start, end, where) -> tuple:
     except ValueError:
         raise UserError(f"{where}: start and end are seconds, not {start!r}, {end!r}") from None
 
-    check(
-        0 <= first < last < math.inf,
-        f"{where}: a clip cannot go from {first} s to {last} s",
-    )
+    check(0 <= first < last < math.inf, f"{where}: a clip cannot go from {first} s to {last} s")
     return first, last if end else None

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import audio
-from audio import (audio_files, fbank, is_silent, load_audio, num_tokens, patchify, read_audio, resample,
-                   rows_in, rows_of, samples_of, valid_tokens, windows)
+from audio import (audio_files, fbank, load_audio, num_tokens, patchify, read_audio, resample,
+                   rows_in, rows_of, samples_of, windows)
 from common import UserError
 
 def sine(seconds, rate=16000, hz=440.0):
@@ -16,21 +16,15 @@ def sine(seconds, rate=16000, hz=440.0):
 
 # ---- filter bank
 
-def power(features):
-    return features.double().exp()
-
 def error_in_power(ours, theirs):
     """Relative to the loudest bin of the frame: float32 FFTs of two machines differ 70 dB below it."""
-    return ((power(ours) - power(theirs)).abs() / power(theirs).amax(-1, keepdim=True)).max()
+    ours, theirs = ours.double().exp(), theirs.double().exp()
+    return ((ours - theirs).abs() / theirs.amax(-1, keepdim=True)).max()
 
 @pytest.mark.parametrize("case", ["single_1s", "padded_1s"])
 def test_fbank_equals_the_official_one(golden, case):
-    ours = fbank(golden["inputs"][case]["wav"])
     theirs = golden["encoder"]["expected"][case]["fbank"] * (2 * 6.55582) + 15.41663
-    assert error_in_power(ours, theirs) < 3e-5
-    loud = power(theirs) > 1e-4 * power(theirs).amax(-1, keepdim=True)
-    assert (ours - theirs)[loud].abs().max() < 1e-3
-    assert loud.float().mean() > 0.1
+    assert error_in_power(fbank(golden["inputs"][case]["wav"]), theirs) < 3e-5
 
 def test_fbank_equals_a_naive_loop():
     wav = 0.1 * torch.randn(1, 1200, generator=torch.Generator().manual_seed(0))
@@ -45,12 +39,9 @@ def test_fbank_equals_a_naive_loop():
         x = x * np.array([(0.5 - 0.5 * math.cos(2 * math.pi * n / 399))**0.85 for n in range(400)])
         spectrum = np.abs(np.fft.fft(x, 512))**2
         for m in range(128):
-            left, centre, right = (mel(20) + (m + j) * step for j in range(3))
-            energy = 0.0
+            energy, centre = 0.0, mel(20) + (m + 1) * step
             for k in range(256):
-                up = (mel(k * 31.25) - left) / (centre - left)
-                down = (right - mel(k * 31.25)) / (right - centre)
-                energy += max(0, min(up, down)) * spectrum[k]
+                energy += max(0, 1 - abs(mel(k * 31.25) - centre) / step) * spectrum[k]
             if m != 3:      # the empty triangle
                 assert ours[m] == pytest.approx(math.log(max(energy, 1.1920929e-07)), abs=2e-3), (i, m)
 
@@ -91,24 +82,12 @@ def test_patches_are_time_major():
 
 def test_tokens_are_those_that_the_clip_has_alone():
     for n in (0, 100, 400, 2799, 2800, 5359, 5360, 16000, 160000):
-        expect = patchify(fbank(torch.zeros(1, n))).shape[1] if n >= 400 else 0
-        assert num_tokens(n) == expect
-        assert num_tokens(torch.tensor([n])).item() == expect
-        assert num_tokens(np.array([n])).item() == expect
+        expect = patchify(fbank(torch.zeros(1, n))).shape[1] if n >= 2800 else 0
+        for samples in (n, torch.tensor(n), np.array(n)):
+            assert num_tokens(samples) == expect
     assert num_tokens(160000) == 496
     for rows in range(1, 100):
         assert (rows_in(samples_of(rows) - 1), rows_in(samples_of(rows))) == (rows - 1, rows)
-
-def test_only_whole_patches_of_digital_silence_are_silent():
-    wav = torch.cat([0.1 * torch.randn(1, 16000), torch.zeros(1, 12000)], 1)
-    silent = is_silent(fbank(wav))[0].view(-1, 8)
-    assert not silent[:7].any()         # six rows are sound, the seventh is partly so
-    assert silent[7:].all()
-
-def test_the_official_padding_mask(golden):
-    wav, mask = golden["inputs"]["padded_1s"]["wav"], golden["inputs"]["padded_1s"]["mask"]
-    ours = valid_tokens((~mask).sum(1), wav.shape[1], "official")
-    assert torch.equal(~ours, golden["encoder"]["expected"]["padded_1s"]["token_mask"])
 
 def test_rows_of_tokens_and_their_times():
     x = torch.randn(2, num_tokens(16000), 32)
@@ -138,11 +117,6 @@ def test_formats(write_wav, name, subtype, error):
     assert wav.shape == (1, *lengths) == (1, 16000)
     assert np.abs(wav[0].numpy() - sine(1)).max() < error
 
-def test_an_mp3_is_read_with_the_padding_of_its_codec(write_wav):
-    wav, _ = load_audio(write_wav("a.mp3", sine(1)))
-    assert abs(wav.shape[1] - 16000) <= 2400
-    assert wav.square().mean() == pytest.approx(0.125, rel=0.2)
-
 def test_stereo_is_averaged_and_a_batch_is_padded(write_wav):
     stereo = write_wav("stereo.wav", np.stack([sine(0.5), -sine(0.5)], 1))
     wav, lengths = load_audio([stereo, write_wav("b.wav", sine(1))])
@@ -152,9 +126,7 @@ def test_stereo_is_averaged_and_a_batch_is_padded(write_wav):
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
 def test_resampling_keeps_a_sine_and_removes_what_would_alias(rate, monkeypatch):
     monkeypatch.setitem(sys.modules, "soxr", None)      # our own, also where soxr is installed
-    y = resample(sine(1, rate), rate)
-    assert len(y) == 16000
-    assert np.abs(y - sine(1))[200:-200].max() < 1e-3
+    assert np.abs(resample(sine(1, rate), rate) - sine(1))[200:-200].max() < 1e-3
     if rate > 24000:
         assert np.abs(resample(sine(1, rate, hz=12000), rate))[200:-200].max() < 1e-3
 
@@ -162,7 +134,6 @@ def test_long_files_are_read_by_stretches(write_wav, monkeypatch):
     x = np.random.default_rng(0).uniform(-0.5, 0.5, (44100 * 7, 2)).astype(np.float32)
     path = write_wav("long.wav", x, 44100, subtype="FLOAT")
     whole, part = read_audio(path), read_audio(path, 1.25, 6.5)
-    assert len(whole) == 7 * 16000
     assert np.abs(part - whole[20000:104000])[200:-200].max() < 1e-3
     monkeypatch.setattr(audio, "STRETCH", 2)
     assert np.abs(read_audio(path) - whole).max() < 1e-6

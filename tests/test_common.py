@@ -20,8 +20,7 @@ from train_mam import Config
 CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("argv, flags", [
-    ("", {}), ("--lr 1 --batch-seconds 3", dict(lr=1.0, batch_seconds=3.0)),
-    ("--resume --model large", dict(resume=True, model="large")), ("--no-resume", dict(resume=False))])
+    ("--lr 1 --batch-seconds 3", dict(lr=1.0, batch_seconds=3.0)), ("--no-resume", dict(resume=False))])
 def test_only_what_was_typed_is_returned(argv, flags):
     assert common.parse(Config, "", argv.split()) == flags
 
@@ -48,14 +47,6 @@ def test_a_mistake_ends_the_command_in_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: nowhere is not a pack")
     assert done.stderr.count("\n") == 1
-
-def test_values_are_the_defaults_then_a_preset_then_the_checkpoint_then_those_typed(tmp_path):
-    typed = dict(seed=3, out_dir=str(tmp_path))
-    cfg, path, ckpt = common.begin(Config, typed, "x_iter{iter}", dict(lr=0.1, seed=2))
-    assert (cfg.clip, cfg.lr, cfg.seed, ckpt) == (1.0, 0.1, 3, None)
-    common.save_checkpoint(path, kind="x", model={}, optimizer={}, config=dataclasses.asdict(cfg))
-    cfg, path, ckpt = common.begin(Config, typed | dict(seed=4, resume=True), "x_iter{iter}", dict(lr=0.9))
-    assert (cfg.clip, cfg.lr, cfg.seed, ckpt["config"]["seed"]) == (1.0, 0.1, 4, 3)
 
 @pytest.mark.parametrize("amx, avx512", [(False, False), (True, False), (False, True)])
 def test_bfloat16_where_the_processor_is_fast_at_it(monkeypatch, amx, avx512):
@@ -115,13 +106,9 @@ def test_the_log_has_a_line_for_people_and_one_for_programs(tmp_path, capsys):
     assert values == dict(step=1, loss=0.123456)
 
 def test_a_meter_gives_the_means_since_it_was_last_read():
-    meter = common.Meter(CPU, "bfloat16", flops=1e6)
-    for loss, count in ((6.0, 2), (3.0, 1)):
-        meter.add(dict(loss=torch.tensor(loss), count=torch.tensor(count)))
-    meter.heard(dict(seconds=10.0))
-    values = meter.read()
-    assert values["loss"] == 3.0
-    assert values["mfu"] == pytest.approx(values["x_realtime"] * 1e6 / meter.rate)
-    meter.add(dict(loss=torch.tensor(1.0), count=torch.tensor(4)))
-    assert meter.read()["loss"] == 0.25
+    meter = common.Meter(CPU)
+    for read in (3.0, 1.0):
+        for loss, count in ((4 * read, 2), (read, 3)):
+            meter.add(dict(loss=torch.tensor(loss), count=torch.tensor(count)))
+        assert meter.read()["loss"] == read
     assert str(common.means(dict(loss=torch.tensor(0.0), count=torch.tensor(0)))) == "{'loss': nan}"

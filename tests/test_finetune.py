@@ -1,9 +1,7 @@
 """Fine-tuning: recipes, augmentation and sampling against their definitions, the best step, refusals."""
-import dataclasses
 import json
 import math
 import os
-import shutil
 
 import numpy as np
 import pytest
@@ -26,27 +24,14 @@ def seeded(seed=0):
 
 # ---- recipes
 
-def test_presets_are_table_4():
-    column = dict(as2m=(50000, 6400, 1e-4), as20k=(80000, 800, 3e-5), esc50=(80000, 300, 3e-5),
-                  ks1=(80000, 100, 1e-4), ks2=(80000, 100, 1e-4), er=(80000, 300, 3e-5))
-    for task, values in column.items():
-        cfg = finetune.Config(**finetune.TASKS[task])
-        assert (cfg.max_steps, cfg.batch_seconds, cfg.lr) == values
-        assert cfg.warmup_steps == cfg.max_steps / 10
-        assert (cfg.layerdrop, cfg.weight_decay, cfg.patchout) == (0.1, 0.01, 0.0)
-    esc50, ks1 = finetune.TASKS["esc50"], finetune.TASKS["ks1"]
-    assert (esc50["loss"], esc50["mixup"], esc50["fbank_mean"]) == ("ce", 0.0, 11.72215)
-    assert (ks1["loss"], ks1["mixup"], ks1["balance"], ks1["roll"]) == ("bce", 0.8, "unknown", False)
-
 def test_a_preset_gives_way_to_the_checkpoint_and_that_to_flags(ragged, tmp_path):
-    flags = dict(data=ragged, out_dir=str(tmp_path), fold="1", model="micro", device="cpu")
-    finetune.main(task="ks2", max_steps=1, mixup=0.1, **flags)
-    first = torch.load(tmp_path / "finetune_ragged_fold1.pt", weights_only=True)
-    assert (first["config"]["lr"], first["config"]["mixup"], first["config"]["smoothing"]) == (1e-4, 0.1, 0.0)
-    assert (first["encoder"]["fbank_mean"], first["encoder"]["grad_decay"]) == (11.41045, 0.3)
-    finetune.main(resume=True, max_steps=2, lr=7e-4, **flags)
-    config = torch.load(tmp_path / "finetune_ragged_fold1.pt", weights_only=True)["config"]
-    assert (config["task"], config["lr"], config["mixup"], config["weight_decay"]) == ("ks2", 7e-4, 0.1, 0.01)
+    flags = dict(data=ragged, task="ks2", out_dir=str(tmp_path), fold="1", model="micro", device="cpu")
+    finetune.main(max_steps=1, mixup=0.1, **flags)
+    finetune.main(max_steps=2, lr=7e-4, weight_decay=0.5, resume=True, **flags)
+    ckpt = torch.load(tmp_path / "finetune_ragged_fold1.pt", weights_only=True)
+    assert (ckpt["config"]["lr"], ckpt["config"]["mixup"]) == (7e-4, 0.1)
+    assert {group["weight_decay"] for group in ckpt["optimizer"]["param_groups"]} == {0.0, 0.5}
+    assert (ckpt["encoder"]["fbank_mean"], ckpt["encoder"]["grad_decay"]) == (11.41045, 0.3)    # of Table 4
 
 # ---- a run
 
@@ -69,13 +54,13 @@ def test_micro_batches_do_not_change_what_is_learned(ragged, tmp_path):
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
 
 def test_the_best_on_valid_is_chosen_there_and_tested_once(ragged, tmp_path):
-    flags = dict(data=ragged, out_dir=str(tmp_path), fold="1", max_steps=12, eval_every=2, lr=3e-3)
+    flags = dict(data=ragged, out_dir=str(tmp_path), fold="1", max_steps=36, eval_every=6, lr=3e-3)
     result = finetune.main(best=True, valid_share=0.4, **flags, **FAST)
     stem = tmp_path / "finetune_ragged_fold1"
     lines = [json.loads(line) for line in open(f"{stem}.jsonl")]
     valid = {line["step"]: line["valid_score"] for line in lines if "valid_score" in line}
     best = torch.load(f"{stem}_best.pt", weights_only=True)
-    assert list(valid) == [2, 4, 6, 8, 10, 12]
+    assert list(valid) == [6, 12, 18, 24, 30, 36]
     assert best["step"] == max(valid, key=valid.get)                # the first of the best
     pack, tested = data.Pack(ragged), np.load(f"{stem}.npz")
     test = splits_of(pack, fold="1")["1"][2]
@@ -83,7 +68,6 @@ def test_the_best_on_valid_is_chosen_there_and_tested_once(ragged, tmp_path):
     assert result["1"] == np.mean(tested["scores"].argmax(1) == tested["targets"].argmax(1))
 
 @pytest.mark.parametrize("flags, message", [
-    (dict(test_split="later"), "training needs train and test"),
     (dict(task="esc"), "--task esc: choose one of custom, as2m"), (dict(data=""), "--data PACK is missing"),
     (dict(balance="unknown"), "needs a class named unknown"),
     (dict(init="scratch,scratch"), "can be probed: python evaluate.py --probe mlp"),
@@ -93,23 +77,6 @@ def test_the_best_on_valid_is_chosen_there_and_tested_once(ragged, tmp_path):
 def test_what_makes_no_sense_is_refused(flags, message, toy, tmp_path):
     with pytest.raises(UserError, match=message):
         finetune.main(**dict(data=toy, out_dir=str(tmp_path)) | FAST | flags)
-
-def test_packs_that_cannot_be_fine_tuned_on_are_refused(ragged, tmp_path):
-    rows = [dict(path=str(i), labels=[], split="", group="") for i in range(3)]
-    data.write_pack(tmp_path / "plain", rows, lambda row: np.full(4000, 0.1, np.float32))
-    with pytest.raises(UserError, match="has no labels"):
-        finetune.main(data=str(tmp_path / "plain"), out_dir=str(tmp_path), **FAST)
-    with pytest.raises(UserError, match="has the folds 1, 2, 3, not 7"):
-        finetune.main(data=ragged, out_dir=str(tmp_path), fold="7", **FAST)
-
-def test_resuming_on_other_sounds_is_refused(tmp_path):
-    flags = dict(data=str(tmp_path / "pack"), out_dir=str(tmp_path), max_steps=1, **FAST)
-    data.make_toy(flags["data"], clips=40)
-    finetune.main(**flags)
-    shutil.rmtree(flags["data"])
-    data.make_toy(flags["data"], clips=40, seed=1)
-    with pytest.raises(UserError, match="begun on other sounds"):
-        finetune.main(resume=True, **flags)
 
 # ---- augmentation
 
@@ -153,21 +120,16 @@ def test_spec_augment_is_its_definition():
         assert torch.equal(masked, clip)
     assert widths == set(range(38))     # below round(0.3 * 128) = 38, as torchaudio's FrequencyMasking(38)
 
-def test_masks_are_put_on_normalised_features_and_patches_left_out_before_the_encoder(toy, random_encoder):
+def test_normalised_features_are_masked_and_each_clip_leaves_out_other_patches(toy, random_encoder):
     wav = data.Pack(toy).wav(0)[None].expand(3, -1)
-    lengths, chance, noise = torch.full((3,), 48000), torch.rand(3, 2, 2), torch.rand(3, 144)
-    def prepare(**options):
-        cfg = finetune.Config(**options)
-        return finetune.prepare(wav, lengths, chance, noise, True, random_encoder, cfg)
-
-    x = random_encoder.normalise(fbank(wav))
-    frames = torch.full((3,), x.shape[1])
-    patches, _, keep = prepare(spec_augment=0.5, patchout=0.0)
-    assert torch.equal(patches, patchify(finetune.spec_augment(x, frames, 0.5, chance)))
-    assert keep is None
-    keep = prepare(patchout=0.75)[2]
+    x, chance = random_encoder.normalise(fbank(wav)), torch.rand(3, 2, 2)
+    cfg = finetune.Config(spec_augment=0.5, patchout=0.75)
+    lengths, noise = torch.full((3,), 48000), torch.rand(3, 144)
+    patches, _, keep = finetune.prepare(wav, lengths, chance, noise, True, random_encoder, cfg)
+    masked = finetune.spec_augment(x, torch.full((3,), x.shape[1]), 0.5, chance)
+    assert torch.equal(patches, patchify(masked))
     assert keep.shape == (3, 36)
-    assert not torch.equal(keep[0], keep[1])                        # each clip its own
+    assert not torch.equal(keep[0], keep[1])
 
 def test_a_classifier_of_some_patches_averages_those(random_encoder):
     model = Classifier(random_encoder, ["a", "b", "c"]).eval()
@@ -221,10 +183,7 @@ def test_layer_wise_learning_rates_are_beits():
     optimizer = make_optimizer(model, 8.0, 0.1, times=lambda name: finetune.lr_times(name, 2, cfg))
     set_lr(optimizer, cfg, 0)
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    due = {"head": 24.0, "blocks.1": 4.0, "blocks.0": 2.0}
     for name, parameter in model.named_parameters():
-        if name.startswith("head"):
-            assert rates[id(parameter)] == 24.0
-        elif ".blocks." in name:
-            assert rates[id(parameter)] == (4.0 if ".blocks.1." in name else 2.0), name
-        else:
-            assert rates[id(parameter)] == 1.0, name
+        expect = next((rate for part, rate in due.items() if part in name), 1.0)
+        assert rates[id(parameter)] == expect, name

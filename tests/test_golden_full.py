@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from audio import MEL_FILTERS, WINDOW, fbank, patchify, valid_tokens
-from model import encoder_to_official, key_padding_bias, load_official, relative_bucket
+from model import encoder_to_official, load_official, relative_bucket
 from test_audio import error_in_power
 from tokenizer import load_tokenizer
 
@@ -42,26 +42,11 @@ def test_fbank(name):
 def test_encoder_layer_by_layer(name):
     golden, encoder = read("tiny_encoder.golden.pt")[name], load_official(FOLDER / "tiny_encoder.ckpt.pt")
     patches, valid = patchify(golden["fbank"]), valid_of(name)
-    assert valid is None or torch.equal(~valid, golden["mask_tokens"])
     states = encoder(patches, valid, all_layers=True)
     assert_close(states[0], golden["encoder_in"])
     assert_close(states[-1], golden["out"])
     for ours, theirs in zip(reversed(states), reversed(golden["layers"])):
         assert_close(ours, theirs)
-    if "gates" not in golden:
-        return
-
-    bias = encoder.transformer.position_bias(patches.shape[1])
-    assert_close(bias[0], golden["position_bias"], 1e-6)
-    assert_close(encoder.patch(patches), golden["patch_conv"].flatten(2).transpose(1, 2))
-    assert_close(encoder.ln_patch(encoder.patch(patches)), golden["patch_ln"])
-    assert_close(encoder.conv_position(golden["pos_conv_in"]), golden["pos_conv"])
-    blocks, given = encoder.transformer.blocks, [golden["encoder_in"], *golden["layers"]]
-    for block, x, gate, out in zip(blocks, given, golden["gates"], golden["attn_out"]):
-        q = block.attn.qkv(x).chunk(3, dim=-1)[0].unflatten(-1, (encoder.cfg.heads, -1)).transpose(1, 2)
-        update, reset = block.attn.gate(q).unflatten(-1, (2, 4)).sum(-1).sigmoid().unbind(-1)
-        assert_close(update * (reset * block.attn.gate_scale[:, None] - 1) + 2, gate)
-        assert_close(block.attn(x, bias, key_padding_bias(valid)), out)
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)

@@ -2,14 +2,13 @@
 
 Run by torchrun, this file is one of several ranks: see on_ranks.
 """
+import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,12 +30,9 @@ from tokenizer import Codebook, whitening
 SHARED = dict(batch_seconds=21.0, warmup_steps=2, log_every=2, device="cpu")
 MAM = SHARED | dict(model="micro")
 TOKENIZER = SHARED | dict(codes=64, code_dim=16, estimator_blocks=1)
-FINETUNE = SHARED | dict(model="micro", test_split="test", batch_seconds=24.0)
+FINETUNE = SHARED | dict(model="micro", batch_seconds=24.0)
 NAMES = {train_mam: "mam_iter1", train_tokenizer: "tokenizer_iter2", finetune: "finetune_toy"}
-
 every_script = pytest.mark.parametrize("script", NAMES)
-
-common.matrix_rate = functools.partial(common.matrix_rate, n=256)       # a second less for each run
 
 def content(path):
     return torch.load(path, weights_only=True)
@@ -46,13 +42,13 @@ def log(path):
 
 @pytest.fixture(scope="module")
 def loop(toy, ragged, tmp_path_factory):
-    """The folder and the results of iteration 1, tokenizer 2, iteration 2."""
+    """The folder of iteration 1, tokenizer 2 and iteration 2, and the results of the first two."""
     out = tmp_path_factory.mktemp("loop")
     flags = dict(data=toy, out_dir=str(out))
     first = train_mam.main(max_steps=60, lr=3e-3, **flags, **MAM)
     tokenizer = train_tokenizer.main(max_steps=40, lr=2e-3, **flags, **TOKENIZER)
-    second = train_mam.main(iter=2, max_steps=6, probe=ragged, **flags, **MAM)
-    return out, first, tokenizer, second
+    train_mam.main(iter=2, max_steps=6, probe=ragged, **flags, **MAM)
+    return out, first, tokenizer
 
 @pytest.fixture(scope="module")
 def begun(toy, loop, tmp_path_factory):
@@ -67,13 +63,10 @@ def begun(toy, loop, tmp_path_factory):
 # ---- learning
 
 def test_the_loop_learns(loop, toy):
-    out, first, tokenizer, second = loop
-    lines = log(out / "mam_iter1.jsonl")
-    assert {"loss", "accuracy", "lr", "x_realtime", "mfu", "epoch", "minutes"} <= lines[1].keys()
-    assert first["valid_loss"] < lines[1]["loss"] - 0.2
+    out, first, tokenizer = loop
+    assert first["valid_loss"] < log(out / "mam_iter1.jsonl")[1]["loss"] - 0.2
     assert tokenizer["valid_cosine"] > log(out / "tokenizer_iter2.jsonl")[0]["cosine"] + 0.2
     assert tokenizer["valid_codes_used"] > 20
-    assert 0 < second["probe_after"] <= 1
     assert load(out / "mam_iter2.pt").cfg.fbank_mean == data.Pack(toy).info["fbank_mean"]
 
 def test_released_files_are_starts_teachers_and_tokenizers(official, ragged, tmp_path):
@@ -115,19 +108,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(script, toy, loop, tmp_path, mon
                                   best=True, valid_share=0.3, eval_every=2)}
     flags = dict(data=toy, max_steps=10) | noise_of[script]
     script.main(out_dir=str(tmp_path / "whole"), **flags)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
         patch.setattr(common, "Stop", StopAtFive)
-        try:
-            script.main(out_dir=str(tmp_path / "parts"), **flags)
-        except SystemExit as stop:
-            assert stop.code == 0
-    assert content(tmp_path / f"parts/{NAMES[script]}.pt")["step"] == 5
-
+        script.main(out_dir=str(tmp_path / "parts"), **flags)
+    whole, parts = (tmp_path / folder / f"{NAMES[script]}.pt" for folder in ("whole", "parts"))
+    assert content(parts)["step"] == 5
     script.main(out_dir=str(tmp_path / "parts"), resume=True, **flags)
-    whole, parts = (content(tmp_path / folder / f"{NAMES[script]}.pt") for folder in ("whole", "parts"))
-    assert parts["step"] == 10
-    for key in {"model", "optimizer", "place", "best"} & parts.keys():
-        torch.testing.assert_close(whole[key], parts[key], rtol=0, atol=0)
+    for key in {"step", "model", "optimizer", "place", "best"} & content(whole).keys():
+        torch.testing.assert_close(content(whole)[key], content(parts)[key], rtol=0, atol=0)
 
 def test_a_new_run_keeps_the_old_result(begun, toy, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
@@ -136,20 +124,10 @@ def test_a_new_run_keeps_the_old_result(begun, toy, tmp_path):
     assert content(tmp_path / "tokenizer_iter1.1.pt")["tokenizer"]["seed"] == 0
     assert content(tmp_path / "mam_iter1.pt")["config"]["seed"] == 2
 
-def test_flags_typed_win_over_the_checkpoint(begun, tmp_path):
+def test_resuming_on_other_sounds_or_codes_is_refused(begun, ragged, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
-    train_mam.main(out_dir=str(tmp_path), resume=True, max_steps=2, weight_decay=0.5, lr=7e-4)
-    ckpt = content(tmp_path / "mam_iter1.pt")
-    assert (ckpt["config"]["model"], ckpt["config"]["lr"]) == ("micro", 7e-4)
-    assert sorted(group["weight_decay"] for group in ckpt["optimizer"]["param_groups"]) == [0.0, 0.5]
-
-@pytest.mark.parametrize("script", [train_mam, train_tokenizer])
-def test_resuming_on_other_sounds_is_refused(script, begun, ragged):
     with pytest.raises(UserError, match="begun on other sounds"):
-        script.main(data=ragged, out_dir=str(begun), resume=True)
-
-def test_resuming_with_another_tokenizer_is_refused(begun, tmp_path):
-    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+        train_mam.main(out_dir=str(tmp_path), resume=True, data=ragged)
     tokenizer = content(tmp_path / "tokenizer_iter1.pt")
     tokenizer["model"]["codebook"][0] *= -1
     torch.save(tokenizer, tmp_path / "tokenizer_iter1.pt")
@@ -157,16 +135,17 @@ def test_resuming_with_another_tokenizer_is_refused(begun, tmp_path):
         train_mam.main(out_dir=str(tmp_path), resume=True)
 
 @every_script
-def test_resuming_a_run_of_another_version_is_refused(script, begun, toy, tmp_path):
+@pytest.mark.parametrize("change, message", [
+    (dict(format=1), "another version of this script"), (dict(config={}), "another version of this script"),
+    (dict(packs=["others"], pack="another"), "begun on other sounds")])
+def test_resuming_what_does_not_fit_is_refused(script, change, message, begun, toy, tmp_path):
     name = f"{NAMES[script]}.pt"
-    for change in (dict(format=1), dict(config=dict(old_flag=1))):
-        torch.save(content(begun / name) | change, tmp_path / name)
-        with pytest.raises(UserError, match="begun by another version of this script"):
-            script.main(data=toy, out_dir=str(tmp_path), resume=True)
+    torch.save(content(begun / name) | change, tmp_path / name)
+    with pytest.raises(UserError, match=message):
+        script.main(data=toy, out_dir=str(tmp_path), resume=True)
 
 @pytest.mark.parametrize("script, flags, message", [
     (train_mam, dict(resume=True), "mam_iter1.pt: no such checkpoint"),
-    (train_mam, dict(save_every=0), "--save_every 0: has to be above 0"),
     (train_mam, dict(iter=2), "tokenizer_iter2.pt: .* it with: python train_tokenizer.py --iter 2 --data"),
     (train_tokenizer, {}, "mam_iter1.pt: .*make it with: python train_mam.py --iter 1 --data")])
 def test_mistakes_are_explained(script, flags, message, toy, tmp_path):
@@ -175,18 +154,12 @@ def test_mistakes_are_explained(script, flags, message, toy, tmp_path):
 
 # ---- several ranks
 
-def torchrun(ranks, *command, **more):
-    """Start a group of ranks. Returns the process."""
+def torchrun(ranks, *command):
+    """Start a group of ranks, a process."""
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
-
-def output_of(process):
-    """Wait for a process, which has to succeed. Returns what it printed."""
-    output, error = process.communicate(timeout=240)
-    assert process.returncode == 0, output + error
-    return output
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 def take_second_step(begun, out, toy, **more):
     """Go on by one step with every script, in a copy of `begun`."""
@@ -196,7 +169,7 @@ def take_second_step(begun, out, toy, **more):
     flags = dict(out_dir=str(out), max_steps=2, resume=True, **more)
     train_mam.main(**flags)
     train_tokenizer.main(**flags)
-    finetune.main(data=toy, test_split="test", **flags)
+    finetune.main(data=toy, **flags)
 
 def measure_together(out):
     """Let a codebook follow, and whitening measure, vectors of which every rank has its part."""
@@ -239,8 +212,10 @@ def ranks(begun, toy, ragged, tmp_path_factory):
     on_ranks(out / "1", begun, toy, ragged)
     take_second_step(begun, out / "parts/step", toy, device_seconds=6.0)
     for world in (4, 2):
-        process = torchrun(world, "--standalone", __file__, out / str(world), begun, toy, ragged)
-        (out / "printed.txt").write_text(output_of(process))
+        process = torchrun(world, __file__, out / str(world), begun, toy, ragged)
+        output, error = process.communicate(timeout=240)
+        assert process.returncode == 0, output + error
+        (out / "printed.txt").write_text(output)
     return out
 
 @pytest.mark.parametrize("name", NAMES.values())
@@ -254,7 +229,6 @@ def test_ranks_and_parts_give_the_gradient_of_one(name, begun, ranks):
     assert one.norm() > 0
     for run in ("2", "4", "parts"):
         assert (gradient(run) - one).norm() <= 2e-5 * one.norm(), run
-        assert (gradient(run) - one).abs().max() <= 1e-6 * max(1.0, one.abs().max()), run
 
 def test_ranks_agree_on_codebook_and_statistics(ranks):
     for world in "24":
@@ -263,22 +237,15 @@ def test_ranks_agree_on_codebook_and_statistics(ranks):
 def test_two_ranks_run_the_loop_as_one(ranks):
     printed = (ranks / "printed.txt").read_text()
     assert len(re.findall("^step 4  loss", printed, re.M)) == 6     # three trainings, three folds, one rank
-    assert "over 3 folds" in printed
     assert sum(line.get("revived", 0) for line in log(ranks / "2/loop/tokenizer_iter2.jsonl")) > 0
     for name in ("mam_iter1", "tokenizer_iter2", "mam_iter2", "finetune_ragged_fold3"):
         first, second = (content(ranks / f"2/loop/{name}.pt.{rank}") for rank in (0, 1))
         torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 @pytest.mark.slow
-def test_ranks_end_without_an_error_every_time(toy, tmp_path):
-    for attempt in range(5):            # threads that outlived the group aborted a rank now and then
-        flags = ["--data", toy, "--out_dir", tmp_path / str(attempt), "--max_steps", 1, "--device", "cpu"]
-        output_of(torchrun(2, "--standalone", "train_mam.py", *flags))
-
-@pytest.mark.slow
 def test_an_interrupt_of_two_ranks_saves_and_says_so(toy, tmp_path):
     flags = ["--data", toy, "--out_dir", tmp_path, "--max_steps", 100000, "--log_every", 1, "--device", "cpu"]
-    process = torchrun(2, "--standalone", "train_mam.py", *flags, start_new_session=True)
+    process = torchrun(2, "train_mam.py", *flags)
     for line in process.stdout:
         if line.startswith("step 2 "):
             os.killpg(process.pid, signal.SIGTERM)      # as a terminal does: to all processes
@@ -286,17 +253,6 @@ def test_an_interrupt_of_two_ranks_saves_and_says_so(toy, tmp_path):
     printed, error = process.communicate(timeout=60)
     assert "go on with --resume" in printed, error
     assert content(tmp_path / "mam_iter1.pt")["step"] >= 2
-
-@pytest.mark.slow
-def test_two_nodes_run_as_one(toy, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["--nnodes", 2, "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}"]
-    flags = ["--data", toy, "--out_dir", tmp_path, "--max_steps", 3, "--device", "cpu"]
-    nodes = [torchrun(1, *launch, "train_mam.py", *flags) for node in range(2)]
-    assert sum("on 2 x cpu" in output_of(node) for node in nodes) == 1
-    assert (tmp_path / "mam_iter1.pt").exists()
 
 # ---- the recipe of all iterations
 
@@ -314,14 +270,12 @@ def test_the_recipe_goes_on_where_it_stopped(ragged, tmp_path):
     torch.save(ckpt | dict(step=1), tmp_path / "mam_iter3.pt")          # as if interrupted
     done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"is finished$", done.stdout, re.M)) == 5
     assert re.findall(r"^\+ python (\S+) .*--resume$", done.stdout, re.M) == ["train_mam.py"]
-    for name in ("mam_iter3", "plus/mam_iter3", "finetune_scratch_fold2", "finetune_mam_iter3plus_fold2"):
-        assert content(tmp_path / f"{name}.pt")["step"] == 2
+    assert content(tmp_path / "mam_iter3.pt")["step"] == 2
     assert content(tmp_path / "plus/tokenizer_iter3.pt")["tokenizer"]["target_width"] == 2      # class logits
     assert len(json.loads((tmp_path / "report.json").read_text())["tokenizers"]) == 6
-    assert done.stdout.count(f"{ragged} linear fold 2: accuracy") == 5
-    assert done.stdout.count(f"{ragged} fold 2: accuracy") == 5             # the teacher once
+    for probe in (" linear", ""):
+        assert done.stdout.count(f"{ragged}{probe} fold 2: accuracy") == 5
 
 if __name__ == "__main__":
     out, begun, toy, ragged = sys.argv[1:]

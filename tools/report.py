@@ -20,12 +20,14 @@ Glossary. Patches of digital silence are left out of everything; intervals are 9
                     band by band
     purity          share of the patches whose class is the commonest one of their code
                     (cluster purity: the reverse)
-    PNMI, AMI       mutual information of code and class over the class's entropy; adjusted for chance
+    PNMI, AMI       mutual information of code and class over the class's entropy; adjusted for chance (with
+                    scikit-learn only)
     shuffled        the same with the classes dealt out anew, to patches (what small samples fake), or to
                     whole clips (what knowing the clip, but nothing of its class, is worth); only what lies
                     above is about the class
     unrelated       agreement and kappa of two clips of different classes: the floor
 """
+
 import functools
 import itertools
 import json
@@ -44,11 +46,31 @@ from numpy.linalg import norm
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from audio import BANDS, SAMPLE_RATE, audio_files, fbank, is_silent, pad_batch, patchify, resample
+try:
+    from sklearn.metrics.cluster import expected_mutual_information
+except ImportError:  # the rows of AMI are left out
+    expected_mutual_information = None
+
+from audio import (
+    BANDS,
+    SAMPLE_RATE,
+    audio_files,
+    fbank,
+    is_silent,
+    pad_batch,
+    patchify,
+    resample
+)
 from common import UserError, check, parse, positive, setup
 from data import Pack
 from evaluate import targets_of
-from tokenizer import RandomProjectionTokenizer, Tokenizer, code_use, count_codes, load_tokenizer
+from tokenizer import (
+    RandomProjectionTokenizer,
+    Tokenizer,
+    code_use,
+    count_codes,
+    load_tokenizer
+)
 
 BASELINES = ("random", "random-plain", "kmeans")
 
@@ -72,6 +94,7 @@ class Config:
 # -----------------------------------------------------------------------------
 # disturbances: (n,) -> (n,), in place in time, so that patch t is still patch t
 
+
 def impulse_response(chance):
     """Make a room: the direct sound, and noise -5 to 10 dB below it that decays by 60 dB in 0.2 to 0.8 s."""
     decay = chance.uniform(0.2, 0.8)
@@ -79,23 +102,26 @@ def impulse_response(chance):
     time = np.arange(1, int(decay * SAMPLE_RATE)) / SAMPLE_RATE
     rest = chance.standard_normal(len(time))
     rest *= np.exp(-6.908 * time / decay)
-    rest *= 10**(-below / 20) / norm(rest)
+    rest *= 10 ** (-below / 20) / norm(rest)
     return np.append(1.0, rest)
+
 
 def reverberate(x, room):
     """Put x in a room, as loud as before, from the direct path on: a mere delay would halve the agreement."""
     n = 1 << (len(x) + len(room)).bit_length()
     y = irfft(rfft(x, n) * rfft(room, n))
     direct = np.abs(room).argmax()
-    y = y[direct:direct + len(x)]
+    y = y[direct : direct + len(x)]
     return y * norm(x) / norm(y)
+
 
 def add_noise(x, noise, snr):
     """Add noise, repeated as needed, at snr dB under x. Zeros in x, its padding, say nothing of its level."""
     noise = np.resize(noise, len(x))
-    power = np.mean(x[x != 0]**2)
+    power = np.mean(x[x != 0] ** 2)
     noise_power = np.mean(noise**2) + 1e-20
-    return x + noise * np.sqrt(power / noise_power) * 10**(-snr / 20)
+    return x + noise * np.sqrt(power / noise_power) * 10 ** (-snr / 20)
+
 
 @functools.lru_cache(256)
 def read_sound(path):
@@ -105,6 +131,7 @@ def read_sound(path):
     x = np.trim_zeros(resample(first, rate))
     check(len(x), f"{path}: is digital silence; take it out of the folder")
     return x.astype(np.float64)
+
 
 class Sounds:
     """The clips that are compared, numbered from 0, and the rooms and noises that disturb them.
@@ -122,8 +149,7 @@ class Sounds:
 
     def clean(self, i):
         """Read clip i: (n,) float64."""
-        wav = self.pack.wav(self.clips[i])
-        return wav.double().numpy()
+        return self.pack.wav(self.clips[i]).double().numpy()
 
     def another(self, i, chance):
         """Return a clip that shares no class with clip i; i itself if a hundred tries find none."""
@@ -132,6 +158,12 @@ class Sounds:
             if other != i and not shared.any():
                 return other
         return i
+
+    def room(self, chance):
+        """Return an impulse response, of a file or made."""
+        if self.rooms:
+            return read_sound(chance.choice(self.rooms))
+        return impulse_response(chance)
 
     def noise(self, i, n, chance):
         """Return a stretch of a file; without files white noise, pink noise or a clip of another class."""
@@ -145,7 +177,7 @@ class Sounds:
             return np.trim_zeros(self.clean(other))
 
         x = chance.standard_normal(n)
-        if kind == "pink":                      # power falls with 1 / frequency
+        if kind == "pink":  # power falls with 1 / frequency
             frequency = np.arange(n // 2 + 1) + 1
             x = irfft(rfft(x) / np.sqrt(frequency), n)
         return x
@@ -159,10 +191,8 @@ class Sounds:
         chance = np.random.default_rng(key)
         x = self.clean(i)
         for part in condition.split("+"):
-            if part == "reverb" and self.rooms:
-                x = reverberate(x, read_sound(chance.choice(self.rooms)))
-            elif part == "reverb":
-                x = reverberate(x, impulse_response(chance))
+            if part == "reverb":
+                x = reverberate(x, self.room(chance))
             elif part == "gain":
                 x = 0.5 * x
             elif part != "clean":
@@ -171,15 +201,17 @@ class Sounds:
                 x = add_noise(x, noise, snr)
         return torch.from_numpy(x).float()
 
+
 # -----------------------------------------------------------------------------
 # tokenizers and their codes
+
 
 class KMeansTokenizer(Tokenizer):
     """The nearest of K centroids of log-mel patches (one mean and deviation for all bins)."""
 
     def codes(self, features, valid=None):
-        x = (features - self.mean) / self.std
-        return self.nearest(patchify(x))
+        x = patchify(features)
+        return self.nearest((x - self.mean) / self.std)
 
     def vectors(self):
         return self.centroids
@@ -209,37 +241,39 @@ class KMeansTokenizer(Tokenizer):
                 self.centroids[code] = x[codes == code].mean(0)
         return self
 
-def fit_baseline(name, n_codes, pack, outside):
-    """Fit a baseline to up to 400 of the clips `outside`."""
-    chosen = np.random.default_rng(0).permutation(outside)[:400]
-    batches = []
-    for clip in np.sort(chosen):                # each a batch, which has no padding
-        wav = pack.wav(clip).numpy()
-        batches.append(pad_batch([wav]))
+
+def fit_baseline(name, n_codes, pack, clips):
+    """Fit a baseline to clips, each a batch of its own, which has no padding."""
+    batches = [pad_batch([pack.wav(clip).numpy()]) for clip in clips]
     if name == "kmeans":
         return KMeansTokenizer().fit_(batches, n_codes)
-    tokenizer = RandomProjectionTokenizer(n_codes, smooth=name == "random")
-    return tokenizer.fit_(batches)
+    return RandomProjectionTokenizer(n_codes, smooth=name == "random").fit_(batches)
+
 
 def open_tokenizers(names, pack, outside, device):
-    """Return {name to print: tokenizer}. Baselines have as many codes as the first of the files."""
+    """Return {name to print: tokenizer}. Baselines have as many codes as the first of the files.
+
+    They are fitted to up to 400 of the clips `outside`.
+    """
     files = {name: load_tokenizer(name) for name in names if name not in BASELINES}
     n_codes = [*(file.n_codes for file in files.values()), 1024][0]
+    clips = np.sort(np.random.default_rng(0).permutation(outside)[:400])
     tokenizers = {}
     for name in names:
         title = Path(name).stem
-        if title in tokenizers:
+        if title in tokenizers:  # of another folder
             title = name
-        tokenizer = files.get(name) or fit_baseline(name, n_codes, pack, outside)
+        tokenizer = files.get(name) or fit_baseline(name, n_codes, pack, clips)
         tokenizers[title] = tokenizer.to(device)
     return tokenizers
+
 
 @torch.inference_mode()
 def encode(sounds, tokenizers, clips, conditions, draws, device):
     """Encode C clips in V versions: clean, and `draws` of each condition.
 
-    Returns codes {name: (C, V, T)}, -1 at padding and where this version or the clean clip is silent, and means
-    {name: (C, V, 8 d)}, the code vectors averaged over time band by band; of "log-mel", the patches.
+    Returns codes {name: (C, V, T)}, -1 at padding and where this version or the clean clip is silent;
+    and means {name: (C, V, 8 d)}, code vectors averaged over time band by band; of "log-mel", patches.
     """
     versions = [("clean", 0), *itertools.product(conditions, range(draws))]
     info = sounds.pack.info
@@ -249,7 +283,7 @@ def encode(sounds, tokenizers, clips, conditions, draws, device):
         wav = [sounds.disturbed(i, *version) for version in versions]
         features = fbank(torch.stack(wav).to(device))
         sounding = ~is_silent(features)
-        sounding = sounding & sounding[0]                               # (V, T)
+        sounding = sounding & sounding[0]  # (V, T)
         patches = patchify((features - info["fbank_mean"]) / info["fbank_std"])
         means["log-mel"].append(band_means(patches, sounding))
 
@@ -265,20 +299,24 @@ def encode(sounds, tokenizers, clips, conditions, draws, device):
         means[name] = torch.stack(means[name])
     return codes, means
 
+
 def band_means(x, sounding):
     """Average x (V, T, d) over the time that sounds (V, T), band by band: (V, 8 d)."""
     x = x.masked_fill(~sounding[..., None], torch.nan)
     means = x.unflatten(1, (-1, BANDS)).nanmean(1)
     return means.nan_to_num().flatten(1).cpu()
 
+
 # -----------------------------------------------------------------------------
 # what survives: codes z of clean clips, w of disturbed ones, (C, n), -1 = none
+
 
 def histograms(codes, K, weight):
     """Count the codes of each clip: (C, n) codes and the weight of each -> (C, K)."""
     counts = torch.zeros(len(codes), K, dtype=torch.double)
     codes = codes.clamp(min=0)
     return counts.scatter_add_(1, codes, weight.double())
+
 
 def agreement_kappa(z, w, K, weights):
     """Return agreement and kappa for each row of weights of the clips (R, C): two (R,)."""
@@ -293,91 +331,78 @@ def agreement_kappa(z, w, K, weights):
     kappa = (agreement - chance) / (1 - chance).clamp(min=1e-12)
     return agreement, kappa
 
+
 def cosine(z, w, vectors):
     """Return the mean cosine between the code vectors (K, d) of z and w."""
     shared = (z >= 0) & (w >= 0)
     z, w = z[shared], w[shared]
     return float(F.cosine_similarity(vectors[z], vectors[w]).mean())
 
+
 def retrieval(x, clean, own):
     """Return the share of x (n, draws, d) whose nearest row of `clean` by cosine is row own[n]."""
     nearest = (x @ F.normalize(clean).T).argmax(-1)
     return float((nearest == own[:, None]).double().mean())
 
+
 def retrievals(cfg, means):
-    """Return the retrieval of each condition, of means (C, V, d)."""
-    clean = means[:, 0]
+    """Return the retrieval of each condition, of means (C, V, d) as from encode."""
+    found = {}
     own = torch.arange(len(means))
     versions = means[:, 1:].split(cfg.draws, 1)
-    found = {}
     for condition, x in zip(cfg.conditions.split(","), versions):
-        found["retrieval, " + condition] = retrieval(x, clean, own)
+        found["retrieval, " + condition] = retrieval(x, means[:, 0], own)
     return found
 
+
 def agreements(cfg, codes, vectors, weights, partner):
-    """Return what else there is of each condition, of codes (C, V, T) as from encode.
+    """Return agreement, kappa and cosine of each condition, of codes (C, V, T) as from encode.
 
     vectors: (K, d); weights: (R, C), ones, then bootstraps; partner: (C,) for each clip one of another class.
     """
+    found = {}
     clean = codes[:, 0]
     unrelated = clean[partner][:, None]
     conditions = [*cfg.conditions.split(","), "unrelated"]
     versions = [*codes[:, 1:].split(cfg.draws, 1), unrelated]
-    found = {}
     for condition, w in zip(conditions, versions):
         z = clean.repeat(1, w.shape[1])
         w = w.flatten(1)
         agreement, kappa = agreement_kappa(z, w, len(vectors), weights)
         found["agreement, " + condition] = agreement
         found["kappa, " + condition] = kappa
-        if condition != "unrelated":
-            found["cosine, " + condition] = cosine(z, w, vectors)
+        found["cosine, " + condition] = cosine(z, w, vectors)
     return found
+
 
 # -----------------------------------------------------------------------------
 # what codes know of the class: a table holds counts, (classes, K)
 
+
 def entropy(counts):
     return torch.special.entr(counts / counts.sum()).sum()
+
 
 def mutual_information(table):
     return entropy(table.sum(0)) + entropy(table.sum(1)) - entropy(table)
 
+
 def purity(table):
     return float(table.amax(0).sum() / table.sum())
+
 
 def pnmi(table):
     return float(mutual_information(table) / entropy(table.sum(1)))
 
-def log_choose(n, k):
-    """Return log of n over k, -inf where there is no way."""
-    orders = torch.lgamma(k + 1) + torch.lgamma(n - k + 1)
-    return torch.lgamma(n + 1) - orders
-
-def expected_mutual_information(classes, codes):
-    """Return the mean mutual information, in nats, of two labellings with groups of these sizes, one of them
-    dealt out at random: what two groups share is hypergeometric (Vinh et al. 2010)."""
-    N = codes.sum()
-    sizes, times = codes[codes > 0].unique(return_counts=True)
-    expected = 0.0
-    for size in classes[classes > 0]:
-        # they share n; what is far above the mean has no weight in float64
-        mean = size * sizes / N
-        most = (mean + 12 * mean.sqrt() + 30).max()
-        n = torch.arange(1, min(size, most) + 1, dtype=torch.double)
-        n = n[:, None]
-        ways = log_choose(sizes, n) + log_choose(N - sizes, size - n)
-        chance = (ways - log_choose(N, size)).exp()
-        information = n / N * torch.log(n / mean)
-        expected += (times * chance * information).sum()
-    return expected
 
 def ami(table):
-    """Return the adjusted mutual information, over the mean of both entropies."""
-    classes, codes = table.sum(1), table.sum(0)
-    expected = expected_mutual_information(classes, codes)
-    most = (entropy(classes) + entropy(codes)) / 2
+    """Return the adjusted mutual information, over the mean of both entropies (Vinh et al. 2010)."""
+    table = table[table.any(1)][:, table.any(0)]
+    counts = table.long().numpy()
+    expected = expected_mutual_information(counts, counts.sum())
+    most = (entropy(table.sum(1)) + entropy(table.sum(0))) / 2
     return float((mutual_information(table) - expected) / (most - expected))
+
 
 def class_measures(codes, targets, K, weights, seed):
     """Return what codes (C, T) know of targets (C, classes), on clips of one class; {} if that is one."""
@@ -392,27 +417,29 @@ def class_measures(codes, targets, K, weights, seed):
     # the codes of all patches in another order: that is to deal out the classes
     chance = np.random.default_rng(seed)
     order = chance.permutation(int(there.sum()))
-    back = np.argsort(order)
-    dealt = codes.masked_scatter(there, codes[there][back])
+    dealt = codes.masked_scatter(there, codes[there][order])
     shuffled = targets.T @ histograms(dealt, K, there)
-    clips_shuffled = 0.0
-    for _ in range(5):
-        order = chance.permutation(len(targets))
-        clips_shuffled += ami(targets[order].T @ counts) / 5
-
-    bootstrapped = [ami(targets.T * row @ counts) for row in weights[:, single]]
-    return {
+    found = {
         "purity": purity(table),
         "PNMI": pnmi(table),
         "purity, shuffled": purity(shuffled),
         "PNMI, shuffled": pnmi(shuffled),
-        "cluster purity": purity(table.T),
-        "AMI": torch.tensor(bootstrapped),
-        "AMI, clips shuffled": clips_shuffled,
+        "cluster purity": purity(table.T)
     }
+    if expected_mutual_information is None:
+        return found
+
+    # of the bootstraps the first is the estimate, for its weights are ones
+    bootstraps = [ami(targets.T * row @ counts) for row in weights[:, single]]
+    orders = [chance.permutation(len(targets)) for _ in range(5)]
+    dealt = [ami(targets[order].T @ counts) for order in orders]
+    ours = {"AMI": torch.tensor(bootstraps), "AMI, clips shuffled": float(np.mean(dealt))}
+    return found | ours
+
 
 # -----------------------------------------------------------------------------
 # figure 4 of the paper
+
 
 def plotting():
     """Return matplotlib's pyplot, and scikit-learn's TSNE and silhouette_score."""
@@ -421,9 +448,12 @@ def plotting():
         from sklearn.manifold import TSNE
         from sklearn.metrics import silhouette_score
     except ImportError:
-        raise UserError("--figure needs two packages: pip install matplotlib scikit-learn") from None
+        raise UserError(
+            "--figure needs two packages: pip install matplotlib scikit-learn"
+        ) from None
     pyplot.switch_backend("Agg")
     return pyplot, TSNE, silhouette_score
+
 
 def ten_apart(sounds):
     """Return up to ten clips that share no class."""
@@ -435,6 +465,7 @@ def ten_apart(sounds):
             ten.append(i)
     return torch.tensor(ten[:10])
 
+
 def figure(sounds, tokenizers, everything, device):
     """Write the t-SNE of ten clips of different classes, disturbed; a class stands where its clip is clean.
 
@@ -444,7 +475,9 @@ def figure(sounds, tokenizers, everything, device):
     cfg, ten = sounds.cfg, ten_apart(sounds)
     own = torch.arange(len(ten)).repeat_interleave(cfg.figure_copies)
     classes = np.array(sounds.pack.classes)
-    _, means = encode(sounds, tokenizers, ten, [cfg.figure_condition], cfg.figure_copies, device)
+    _, means = encode(
+        sounds, tokenizers, ten, [cfg.figure_condition], cfg.figure_copies, device
+    )
     rows = -(-len(means) // 3)
     pyplot.figure(figsize=(9, 3.3 * rows), layout="constrained")
     result = {}
@@ -456,107 +489,107 @@ def figure(sounds, tokenizers, everything, device):
         result[name] = dict(retrieval=found, silhouette=silhouette)
 
         x = torch.cat([clean, copies]).numpy()
+        perplexity = min(20, len(x) / 4)
         tsne = TSNE(
-            metric="cosine",
-            init="random",
-            perplexity=min(20, len(x) / 4),
-            random_state=cfg.seed,
+            metric="cosine", init="random", perplexity=perplexity, random_state=cfg.seed
         )
         xy = tsne.fit_transform(x)
         pyplot.subplot(rows, 3, number, xticks=[], yticks=[])
         pyplot.title(f"{name}\nretrieval {found:.0%}   silhouette {silhouette:.2f}", fontsize=9)
-        pyplot.scatter(*xy[len(ten):].T, s=12, c=own, cmap="tab10")
-        for i, place in zip(ten, xy):
+        points = xy[len(ten) :]
+        pyplot.scatter(*points.T, s=12, c=own, cmap="tab10")
+        for i, point in zip(ten, xy):
             title = " ".join(classes[sounds.targets[i]])
-            pyplot.text(*place, title, fontsize=7, ha="center")
+            pyplot.text(*point, title, fontsize=7, ha="center")
 
     pyplot.savefig(cfg.figure, dpi=200)
     pyplot.close()
     return result
 
+
 # -----------------------------------------------------------------------------
 # the report
 
+
 def interval(values):
-    """Return the 95 % interval [low, high] around an estimate, from it and its bootstraps, (1 + R,).
+    """Return the 95 % interval (low, high) around an estimate, from it and its bootstraps, (1 + R,).
 
     Centred: resampled clips repeat, which makes AMI look better.
     """
     estimate, *bootstraps = values.tolist()
-    spread = np.quantile(bootstraps, (0.025, 0.975)) - np.mean(bootstraps)
-    return (estimate + spread).tolist()
+    return estimate + np.quantile(bootstraps, (0.025, 0.975)) - np.mean(bootstraps)
 
-def summary(found, first):
-    """Return numbers, [estimate, low, high] of what was bootstrapped, and [low, high] of what it is above `first`."""
-    values, above = dict(found), {}
-    for key, x in found.items():
-        if torch.is_tensor(x):
-            values[key] = [x[0].item(), *interval(x)]
-            above[key] = interval(x - first[key])
-    return values, above
 
-def cell(result, name, key):
-    """Return a value as text, with + or - behind it where it lies above or below the first tokenizer's."""
-    value = result["tokenizers"][name].get(key, "-")
+def cell(value, first):
+    """Return a value as text, with + or - behind it where it is above or below the first tokenizer's."""
     if isinstance(value, float):
-        value = f"{value:.3f}"
-    elif isinstance(value, list):
-        estimate, low, high = value
-        value = f"{estimate:.3f} ±{(high - low) / 2:.3f}"
-    differences = result["against_first"].get(name, {})
-    low, high = differences.get(key, (0, 0))
-    mark = " +-"[(low > 0) - (high < 0)]
-    return f"  {value:>{max(16, len(name))}}{mark}"
+        return f"{value:.3f} "
+    if not torch.is_tensor(value):
+        return f"{value} "
+    low, high = interval(value - first)         # by the same bootstraps
+    mark = " +-"[int(low > 0) - int(high < 0)]  # -1 is the last
+    return f"{value[0]:.3f} ±{np.ptp(interval(value)) / 2:.3f}{mark}"
 
-def show(result):
+
+def show(found, result):
     """Print the report as a table, a column for each tokenizer."""
-    first, *_ = names = list(result["tokenizers"])
-    print("\n" + " " * 24 + "".join(f"  {name:>16} " for name in names))
-    for key in result["tokenizers"][first]:
-        cells = [cell(result, name, key) for name in names]
-        print(f"{key:24}" + "".join(cells))
-    print("\n{data} {split}: {clips} clips, {patches} patches that are not silence, {draws} draws. "
-          "±: 95 %, {bootstraps} bootstraps of clips; ".format(**result)
-          + f"+ and -: above and below {first}, by the same bootstraps")
+    first, *_ = found
+    print(f"\n{'':24}" + "".join(f"{name:>18} " for name in found))
+    for key, value in found[first].items():
+        cells = [cell(column.get(key, "-"), value) for column in found.values()]
+        print(f"{key:24}" + "".join(f"{text:>19}" for text in cells))
+    print(
+        "\n{data} {split}: {clips} clips, {patches} patches that are not silence, {draws} draws. "
+        "±: 95 %, {bootstraps} bootstraps of clips; + and -: above and below the first, by the same "
+        "bootstraps".format(**result)
+    )
+
 
 def choose_clips(cfg, pack):
     """Return the clips to encode, sorted, and those outside the split, to fit baselines to."""
     split = pack.table()[1]
     inside = np.isin(split, cfg.split or split)
-    names = ", ".join(np.unique(split))
-    check(inside.any(), f"{cfg.data} has the splits {names}, not {cfg.split}")
-
+    check(
+        inside.any(),
+        f"{cfg.data} has the splits {', '.join(np.unique(split))}, not {cfg.split}"
+    )
     chance = np.random.default_rng(cfg.seed)
-    chosen = chance.permutation(np.flatnonzero(inside))[:cfg.clips or None]
-    sounding = [clip for clip in np.sort(chosen) if pack.audio(clip).any()]
-    check(len(sounding) > 1, f"{cfg.data}: fewer than two clips that are not digital silence; "
-                             "there is nothing to compare")
-    return np.array(sounding), np.flatnonzero(~inside | inside.all())
+    chosen = np.sort(chance.permutation(np.flatnonzero(inside))[: cfg.clips or None])
+    sounding = np.array([clip for clip in chosen if pack.audio(clip).any()])
+    check(
+        len(sounding) > 1,
+        f"{cfg.data}: fewer than two clips that are not digital silence; there is nothing to compare"
+    )
+    return sounding, np.flatnonzero(~inside | inside.all())
+
 
 def read_flags(argv):
-    """Return the names of tokenizers, which come first, and the Config."""
-    names = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    cfg = Config(**parse(Config, __doc__, argv[len(names):]))
+    """Return the names of the tokenizers, which come first, and the Config."""
+    names = list(itertools.takewhile(lambda word: word[:1] != "-", argv))
+    cfg = Config(**parse(Config, __doc__, argv[len(names) :]))
     check(names, "name tokenizers before the flags: checkpoints, random, random-plain, kmeans")
     positive(cfg, "draws", "bootstraps", "figure_copies")
     for condition in f"{cfg.conditions},{cfg.figure_condition}".split(","):
         known = re.fullmatch(r"((reverb|gain|noise-?\d+)(\+(?!$)|$))+", condition)
-        check(known, f"{condition!r} is no condition; there are reverb, gain, noise<dB> as noise10, "
-                     "and several joined as reverb+noise10")
+        check(
+            known,
+            f"{condition!r} is no condition; there are reverb, gain, noise<dB> as noise10, "
+            "and several joined as reverb+noise10"
+        )
     return names, cfg
+
 
 def main(argv):
     names, cfg = read_flags(argv)
     if cfg.figure:
-        plotting()                              # what is missing shows before the work, not after it
+        plotting()  # complains of a missing package now and not at the end
     for path in (cfg.json, cfg.figure):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     _, _, device = setup(cfg.device, cfg.seed)
     pack = Pack(cfg.data)
     clips, outside = choose_clips(cfg, pack)
-    sounds = Sounds(cfg, pack, clips)
+    sounds, C = Sounds(cfg, pack, clips), len(clips)
     tokenizers = open_tokenizers(names, pack, outside, device)
-    C = len(clips)
     conditions = cfg.conditions.split(",")
     codes, means = encode(sounds, tokenizers, range(C), conditions, cfg.draws, device)
 
@@ -569,34 +602,26 @@ def main(argv):
     for name, tokenizer in tokenizers.items():
         vectors = tokenizer.vectors().cpu()
         clean, K = codes[name][:, 0], len(vectors)
-        use = code_use(count_codes(clean, K))
-        use["dead_codes"] = K - use["codes_used"]
-        found[name] = use | agreements(cfg, codes[name], vectors, weights, partner)
+        found[name] = code_use(count_codes(clean, K))
+        found[name] |= agreements(cfg, codes[name], vectors, weights, partner)
         found[name] |= retrievals(cfg, means[name])
         found[name] |= class_measures(clean, sounds.targets, K, weights, cfg.seed)
     found["log-mel"] = retrievals(cfg, means["log-mel"])
 
-    first = next(iter(tokenizers))
-    result = dict(
-        data=cfg.data,
-        split=cfg.split,
-        clips=C,
-        patches=int((codes[first][:, 0] >= 0).sum()),
-        draws=cfg.draws,
-        bootstraps=cfg.bootstraps,
-        tokenizers={},
-        against_first={},
-    )
-    for name in found:
-        result["tokenizers"][name], above = summary(found[name], found[first])
-        if above and name != first:
-            result["against_first"][name] = above
+    columns = {name: dict(values) for name, values in found.items()}
+    for values in columns.values():
+        for key, x in values.items():
+            if torch.is_tensor(x):
+                values[key] = [x[0].item(), *interval(x)]
+    patches = int((next(iter(codes.values()))[:, 0] >= 0).sum())
+    result = vars(cfg) | dict(clips=C, patches=patches, tokenizers=columns)
     if cfg.figure:
         result["figure"] = figure(sounds, tokenizers, means, device)
-    show(result)
+    show(found, result)
     if cfg.json:
         Path(cfg.json).write_text(json.dumps(result, indent=1))
     return result
+
 
 if __name__ == "__main__":
     try:
