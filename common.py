@@ -150,7 +150,7 @@ def keep_memory():
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)             # M_MMAP_MAX: large blocks from the heap, too
-        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def rank():

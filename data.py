@@ -252,12 +252,11 @@ def split_batch(batch, seconds):
     return parts
 
 
-def walk(pack, batches, device, text=""):
+def walk(pack, batches, device, text):
     """Yield batches of whole clips of a pack on the device. batches: list of arrays of clip numbers."""
     dealt = [([(clip,) for clip in batch.tolist()], None) for batch in batches]
     loaded = load_batches(Clips([pack]), dealt)
-    hidden = rank() > 0 or not text
-    for batch in tqdm(loaded, text, len(dealt), unit="batch", leave=False, disable=hidden):
+    for batch in tqdm(loaded, text, len(dealt), leave=False, disable=rank() > 0 or None):
         yield to_device(batch, device)
 
 

@@ -817,7 +817,7 @@ def conv_by_fft(x, weight, groups):
     blocks = -(-T // outputs)
     before = taps // 2
     x = F.pad(x.float(), (0, 0, before, blocks * outputs - T + taps - 1 - before))
-    x = x.unfold(1, size, outputs).mT  # (B, blocks, size, D)
+    x = x.unfold(1, size, outputs).mT if blocks > 1 else x[:, None]  # (B, blocks, size, D)
     x = torch.fft.rfft(x, dim=2).view(B * blocks, -1, groups, width)
     weight = torch.fft.rfft(weight.float(), n=size).conj()
     weight = weight.view(groups, width, width, -1)          # (G, out, in, F)

@@ -254,6 +254,14 @@ def test_an_interrupt_of_two_ranks_saves_and_says_so(toy, tmp_path):
     assert "go on with --resume" in printed, error
     assert content(tmp_path / "mam_iter1.pt")["step"] >= 2
 
+@pytest.mark.slow
+def test_no_rank_aborts_when_its_work_is_done(toy, tmp_path):
+    for _ in range(5):
+        flags = ["--data", toy, "--out_dir", tmp_path, "--max_steps", 1, "--device", "cpu"]
+        process = torchrun(2, "train_mam.py", *flags)
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, error
+
 # ---- the recipe of all iterations
 
 @pytest.mark.slow
