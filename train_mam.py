@@ -4,7 +4,7 @@ Masked audio modelling: predict the codes of masked patches from the visible qua
     python train_mam.py                             # iteration 1 on built-in sounds, minutes on a laptop
     python train_mam.py --data packs/mine           # iteration 1 on yours: random-projection codes
     python train_mam.py --data packs/mine --iter 2  # codes of out/tokenizer_iter2.pt (train_tokenizer.py)
-    torchrun --nproc_per_node 8 train_mam.py --iter 2 --data packs/audioset --model base \
+    torchrun --nproc_per_node 8 train_mam.py --iter 2 --data packs/audioset --model base \\
         --crop_seconds 0 --batch_seconds 5600 --device_seconds 350
 
 Writes out/mam_iter<k>.pt (the encoder for finetune.py, the teacher for train_tokenizer.py) and .jsonl (the

@@ -4,7 +4,7 @@ features (BEATs, section 3.2.2).
 
     python train_tokenizer.py --data packs/mine --iter 2                        # teacher: out/mam_iter1.pt
     python train_tokenizer.py --data packs/mine --iter 3 --teacher out/x.pt     # a classifier's logits
-    torchrun --nproc_per_node 8 train_tokenizer.py --data packs/audioset --iter 2 --preset ssl \
+    torchrun --nproc_per_node 8 train_tokenizer.py --data packs/audioset --iter 2 --preset ssl \\
         --device_seconds 175
 
 Writes out/tokenizer_iter<k>.pt, the codes of train_mam.py --iter k, and .jsonl (the log). What the codes are
