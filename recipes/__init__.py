@@ -15,7 +15,8 @@ from_esc50.py is a short one to copy; recipes/tables.py holds what they share. A
     file, start, end    where its audio is, start and end in seconds; end None = the end of the file
     max_seconds         if it is there: the length of the clips, where the pack's will not do
 
-A row whose file is not there, or cannot be read, is listed as skipped.
+A row whose file is not there, or cannot be read, is listed as skipped. DESED (times of events) and Clotho
+(captions), which X-ARES has as well, are no classification of recordings and not done.
 """
 
 import importlib

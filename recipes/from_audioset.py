@@ -20,6 +20,7 @@ def add_flags(parser):
         default="",
         help="tables, as in balanced_train_segments.csv,unbalanced_train_segments.csv"
     )
+    parser.add_argument("--valid", default="", help="tables of the same kind, for validation")
     parser.add_argument("--test", default="", help="tables, as in eval_segments.csv")
     parser.add_argument(
         "--class_csv", "--class-csv", required=True, help="class_labels_indices.csv"
@@ -66,7 +67,7 @@ def rows(args):
         check(twin == file, f"{twin} and {file} have one name: move one of them away")
 
     all_rows, seen = [], {}
-    for split in ("train", "test"):
+    for split in ("train", "valid", "test"):
         for where, name, mids in segments(getattr(args, split)):
             for mid in mids:
                 check(mid in classes, f"{where}: label {mid!r} is not in {args.class_csv}")

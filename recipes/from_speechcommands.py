@@ -1,15 +1,15 @@
-"""Speech Commands: 35 words, or SUPERB's 12 classes.
+"""Speech Commands: 35 words, SUPERB's 12 classes, or X-ARES's 30 words.
 
 Warden 2018. Version 2 (KS2) has 35 words, split by the lists in the archive. Version 1 (KS1) has ten words,
 _unknown_, and _silence_, which is the noise files in pieces of 1 s, in train and valid alike; its test split
-is an archive of its own.
+is an archive of its own. With --words 30, as in X-ARES, it is treated as version 2 is.
 """
 
 import hashlib
 from pathlib import Path
 
 from common import check
-from recipes.tables import row_of
+from recipes.tables import recordings, row_of
 
 KS1 = "yes no up down left right on off stop go _unknown_ _silence_".split()
 
@@ -24,18 +24,18 @@ def add_flags(parser):
         help="1 = SUPERB's 12 classes of v0.01, 2 = 35 words of v0.02 [2]"
     )
     parser.add_argument(
+        "--words",
+        type=int,
+        default=12,
+        choices=(12, 30),
+        help="of version 1: SUPERB's 12 classes, or the 30 words that it has [12]"
+    )
+    parser.add_argument(
         "--test_root",
         "--test-root",
         type=Path,
         help="folder of speech_commands_test_set_v0.01, for version 1"
     )
-
-
-def recordings(folder, pattern="[!.]*.wav"):
-    """Return the wav files in a folder, sorted."""
-    files = sorted(folder.glob(pattern))
-    check(files, f"{folder}: no wav files; is this archive whole?")
-    return files
 
 
 def speaker_of(file):
@@ -44,8 +44,8 @@ def speaker_of(file):
 
 def rows(args):
     root = Path(args.source)
-    files = recordings(root, "[!._]*/[!.]*.wav")
-    if args.version == 2:
+    files = recordings(root, "[!._]*/*.wav")
+    if args.version == 2 or args.words == 30:
         return list(ks2(root, files)), None
     return list(ks1(root, files, args.test_root)), KS1
 
@@ -54,7 +54,7 @@ def ks2(root, files):
     split_of = dict.fromkeys(files, "train")
     for split, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
         listing = root / name
-        check(listing.exists(), f"{listing}: no such file; the archive of version 0.02 has one")
+        check(listing.exists(), f"{listing}: no such file; the archive has one")
         for line in listing.read_text().split():
             split_of[root / line] = split  # one that is not there will be listed as skipped
 

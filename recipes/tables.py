@@ -1,8 +1,9 @@
-"""What the recipes share: how to make a row, and how to read tables, lists of classes and times."""
+"""What the recipes share: how to make a row, find files, and read tables, lists of classes and times."""
 
 import csv
 import math
 import os
+from itertools import zip_longest
 from pathlib import Path
 
 from common import UserError, check
@@ -28,14 +29,24 @@ def unpacked(source, archive) -> Path:
     return inner if inner.exists() else Path(source)
 
 
-def read_table(path):
+def recordings(folder, pattern="*.wav") -> list:
+    """Return the files of a pattern below a folder, sorted, without hidden ones. Raises UserError if none."""
+    files = sorted(
+        file for file in Path(folder).glob(pattern) if not file.name.startswith(".")
+    )
+    check(files, f"{folder}: no {pattern} in it; name the folder that the archives unpack to")
+    return files
+
+
+def read_table(path, **form):
     """Yield (where, fields) for each line of a csv file. where: the file and the line, for error messages.
 
-    Spaces after commas do not count. Raises UserError where it is no table.
+    Spaces after commas do not count. form: what csv.reader has to know of it. Raises UserError where it is
+    no table.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, skipinitialspace=True, strict=True)
+            reader = csv.reader(file, skipinitialspace=True, strict=True, **form)
             for fields in filter(None, reader):
                 where = f"{path}, line {reader.line_num}"
                 check(
@@ -44,7 +55,21 @@ def read_table(path):
                 )
                 yield where, fields
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read as a table ({reason})") from None
+
+
+def read_records(path, columns, **form):
+    """Yield {header: cell} for each line of a csv file; a cell that is not there is empty.
+
+    Raises UserError where the header lacks one of the columns, whose names spaces separate.
+    """
+    lines = read_table(path, **form)
+    _, header = next(lines, ("", []))
+    missing = set(columns.split()).difference(header)
+    check(not missing, f"{path}: no column {', '.join(sorted(missing))} in its header {header}")
+    for _, fields in lines:
+        yield dict(zip_longest(header, fields[: len(header)], fillvalue=""))
 
 
 def read_classes(path) -> dict:
