@@ -18,6 +18,7 @@ import hashlib
 import math
 import os
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -34,12 +35,15 @@ from audio import (
     samples_of,
     valid_tokens
 )
-from common import UserError, autocast, barrier, rank, world, write_whole
+from common import UserError, autocast, barrier, check, rank, world, write_whole
 from recipes import packs
 from recipes.from_toy import make_toy, toy_pack
-from recipes.packs import Pack, hold_out, in_order, open_packs, write_pack
+from recipes.packs import Pack, hold_out, in_order, may_train, open_packs, write_pack
 
 RUN = 500  # clips in a file of codes: what a killed job does again
+
+# seconds of a pack that are never trained on, and of all packs that each evaluation hears
+HELD_OUT, EVALUATED = 4000, 600
 
 # -----------------------------------------------------------------------------
 # clips and batches
@@ -50,7 +54,8 @@ class Clips:
 
     Asked for a list of (clip, *key), it gives a batch; all chance is drawn from the keys. With `crop`
     samples, clips are random crops of that length. codes: per pack, if there are any, what
-    cached_codes returns.
+    cached_codes returns. round_rows: batches end at a multiple of so many patch rows, or with the
+    longest clip of all, so that a compiled model meets few lengths.
 
     Of a pack it uses samples, read_into, info, index["row"] and len(): sounds that are not packed need
     a class with these.
@@ -62,18 +67,21 @@ class Clips:
         self.samples = np.concatenate([pack.samples for pack in packs])
         if crop:
             self.samples = np.minimum(self.samples, crop)
+        self.round_rows, self.most_rows = 1, rows_in(self.samples.max())
 
     def __getitem__(self, items):
         """Return a dict of tensors.
 
         wav (B, n) int16, zero-padded; lengths (B,) samples; clip (B,) numbers; noise (B, T), uniform
         numbers of the clip's own, for masks and the like; and codes (B, T), -1 padded, if there are any.
-        n ends with the last patch row of the longest clip: no frame is computed that no patch uses.
+        n ends with the last patch row of the longest clip, or a few later (round_rows): no frame is
+        computed that no patch uses.
         """
         numbers = np.array([clip for clip, *_ in items])
         lengths = self.samples[numbers].astype(np.int64)
         rows = rows_in(lengths.max())
         lengths = np.minimum(lengths, samples_of(rows))
+        rows = min(self.most_rows, -(-rows // self.round_rows) * self.round_rows)
         wav = np.empty((len(items), samples_of(rows)), np.int16)
         noise = np.empty((len(items), rows * BANDS), np.float32)
         codes = np.full(noise.shape, -1)
@@ -108,15 +116,21 @@ class Clips:
 def cut(order, fits, multiple=1):
     """Cut an order of clips into batches. fits(first): how many a batch can take from there on.
 
-    Each batch but the last has a multiple of `multiple` clips (the ranks), and none has fewer.
+    Each batch but the last has the nearest multiple of `multiple` clips (the ranks), and none has fewer.
+    The last two share their clips where the last would have less than half as many as the one before.
     """
     batches, first = [], 0
     while first < len(order):
-        last = first + max(multiple, fits(first) // multiple * multiple)
+        last = first + max(multiple, round(fits(first) / multiple) * multiple)
         if len(order) - last < multiple:  # no rest that leaves a rank without a clip
             last = len(order)
         batches.append(order[first:last])
         first = last
+
+    if len(batches) > 1 and len(batches[-1]) < len(batches[-2]) / 2:
+        start = -len(batches[-2]) - len(batches[-1])
+        half = -round(start / 2 / multiple) * multiple
+        batches[-2:] = order[start : start + half], order[start + half :]
     return batches
 
 
@@ -137,11 +151,11 @@ def epoch_batches(samples, batch_samples, key, clips=None, multiple=1):
     if not len(order):
         return []
     order = np.resize(order, max(len(order), multiple))
-    clips_of_rank = max(1, int(batch_samples / samples[order].mean() / multiple))
+    clips_of_rank = max(1, round(batch_samples / samples[order].mean() / multiple))
     stretch = 20 * clips_of_rank * multiple
 
     batches = []
-    for part in np.split(order, np.arange(stretch, len(order) - multiple + 1, stretch)):
+    for part in np.split(order, np.arange(stretch, len(order) - stretch // 2, stretch)):
         batches += by_length(samples, part, batch_samples, multiple)
     return [batches[i] for i in random.permutation(len(batches))]
 
@@ -231,12 +245,13 @@ def to_device(batch, device):
     return batch | dict(wav=wav, valid=valid, mask=valid if padded else None)
 
 
-def split_batch(batch, seconds):
+def split_batch(batch, seconds, round_rows=1):
     """Split into parts of at most `seconds` of padded audio, cut to their longest clip.
 
-    The clips of a batch go from long to short.
+    The clips of a batch go from long to short. round_rows: as in Clips.
     """
-    rows = rows_in(batch["lengths"]).tolist()
+    rows = -(-rows_in(batch["lengths"]) // round_rows) * round_rows
+    rows = rows.clamp(max=rows_in(batch["wav"].shape[1])).tolist()
     parts = []
     most = seconds * SAMPLE_RATE // ROW
     for part in cut(range(len(rows)), lambda first: int(most // rows[first])):
@@ -267,10 +282,13 @@ def walk(pack, batches, device, text):
 class Sounds:
     """The sounds of --data: crops of training clips in batches, held-out clips, a sample.
 
-    Batches are a pure function of (seed, epoch, number), on any number of ranks and threads.
+    Batches are a pure function of (seed, epoch, number), on any number of ranks and threads. Clips that
+    are there for testing are left out, see may_train.
     """
 
-    def __init__(self, spec, crop_seconds, batch_seconds, seed=0, workers=1):
+    def __init__(
+        self, spec, crop_seconds, batch_seconds, seed=0, workers=1, splits="", leave_out=""
+    ):
         self.packs, self.weights = open_packs(spec)
         self.batch_seconds, self.seed, self.workers = batch_seconds, seed, workers
         self.batch_samples = batch_seconds * SAMPLE_RATE
@@ -281,14 +299,44 @@ class Sounds:
             self.batch_samples *= crop / (rows * ROW)
         self.clips = Clips(self.packs, crop)
 
+        split_of = [pack.table[1][pack.index["row"]] for pack in self.packs]
+        there = sorted(set(np.concatenate(split_of).tolist()))
+        for name in filter(None, f"{splits},{leave_out}".split(",")):
+            check(
+                name in there or name == "all",
+                f"--splits, --leave_out: {spec} has no split {name}, but {', '.join(there)}"
+            )
+
         self.train, self.valid = [], []  # per pack, clip numbers
-        for pack, first in zip(self.packs, self.clips.first):
-            held = hold_out(pack.index["row"], seed=seed)
-            self.train.append(first + np.flatnonzero(~held))
-            self.valid.append(first + np.flatnonzero(held))
+        self.left_out, self.folds = Counter(), set()
+        for pack, first, split in zip(self.packs, self.clips.first, split_of):
+            recording, heard = pack.index["row"], may_train(split, splits, leave_out)
+            self.left_out.update(split[~heard].tolist())
+            self.folds.update(filter(str.isdigit, split[heard].tolist()))
+
+            clips = first + np.flatnonzero(heard)
+            held = hold_out(recording[heard], pack.samples[heard], seconds=HELD_OUT, seed=seed)
+            self.train.append(clips[~held])
+            self.valid.append(self.some(clips[held], EVALUATED / len(self.packs)))
+            check(
+                len(self.train[-1]),
+                f"{pack.path}: every clip is of a split that is not for training "
+                f"({', '.join(sorted(set(split)))}); name those to hear, as in --splits test"
+            )
+
+    def some(self, clips, seconds):
+        """Return at random so many seconds of clips, at least one of them."""
+        clips = np.random.default_rng(self.seed).permutation(clips)
+        heard = self.clips.samples[clips].cumsum() - self.clips.samples[clips]
+        return np.sort(clips[heard < seconds * SAMPLE_RATE])
 
     def __str__(self):
-        return f"{sum(map(len, self.train))} clips to train on, {sum(map(len, self.valid))} held out"
+        train, valid = sum(map(len, self.train)), sum(map(len, self.valid))
+        names = [f"{count} of {name}" for name, count in sorted(self.left_out.items())]
+        text = f"{train} clips to train on, {valid} held out, left out: {', '.join(names) or 'none'}"
+        if self.folds and not self.left_out:
+            text += f" (all folds are heard, {', '.join(sorted(self.folds))}; see --leave_out)"
+        return text
 
     def ids(self):
         """Return what tells these packs from others, for resuming."""
@@ -299,18 +347,23 @@ class Sounds:
         return self.clips.samples.mean() / SAMPLE_RATE
 
     def fbank_stats(self):
-        """Return mean and standard deviation of the filter bank, packs weighted as they are sampled."""
+        """Return mean and standard deviation of the filter bank, packs weighted as they are sampled.
+
+        The squares of the packs' means add to the variance: they differ from pack to pack.
+        """
         shares = self.weights
         if shares is None:
             shares = [pack.info["hours"] for pack in self.packs]
-        stats = [(pack.info["fbank_mean"], pack.info["fbank_std"]) for pack in self.packs]
-        mean, std = np.average(stats, axis=0, weights=shares).tolist()
-        return dict(fbank_mean=mean, fbank_std=std)
+        means = np.array([pack.info["fbank_mean"] for pack in self.packs])
+        stds = np.array([pack.info["fbank_std"] for pack in self.packs])
+        mean = np.average(means, weights=shares)
+        variance = np.average(stds**2 + (means - mean) ** 2, weights=shares)
+        return dict(fbank_mean=float(mean), fbank_std=math.sqrt(variance))
 
-    def plan(self, epoch):
+    def plan(self, epoch, batch_samples=0):
         """Return the batches of an epoch, of all ranks."""
         samples, key = self.clips.samples, (self.seed, epoch)
-        size, ranks = self.batch_samples, world()
+        size, ranks = batch_samples or self.batch_samples, world()
         if self.weights is None:
             return epoch_batches(samples, size, key, np.concatenate(self.train), ranks)
         return mixed_batches(samples, size, key, self.train, self.weights, ranks)
@@ -320,35 +373,37 @@ class Sounds:
         return load_batches(self.clips, deal(self.plan, self.seed, place), self.workers)
 
     def parts(self, batch, device, device_seconds=0.0):
-        """Split a batch into parts that the device can take (0 = this rank's share), and move them."""
-        parts = split_batch(batch, device_seconds or self.batch_seconds / world())
+        """Split a batch into parts that the device can take (0 = all of it), and move them."""
+        seconds = device_seconds or batch["seconds"]
+        parts = split_batch(batch, seconds, self.clips.round_rows)
         return [to_device(part, device) for part in parts]
 
-    def fixed(self, subsets, device, number, most=None):
-        """Yield (the first `most`) batches of 100 s a rank, on the device, the same at every call."""
-        size, key = 100 * SAMPLE_RATE * world(), (self.seed, number)
-        batches = epoch_batches(
-            self.clips.samples, size, key, np.concatenate(subsets), world()
-        )
-        for batch in batches[:most]:
-            items = [(clip, *key, clip) for clip in batch.tolist()]
+    def fixed(self, batches, device, number):
+        """Yield this rank's part of batches, on the device, the same at every call."""
+        for batch in batches:
+            items = [(clip, self.seed, number, clip) for clip in batch.tolist()]
             yield to_device(self.clips[items[rank() :: world()]], device)
 
     def held_out(self, device):
         """Yield the held-out clips of this rank: the same crops and noise every time."""
-        return self.fixed(self.valid, device, number=1)
+        size, valid = 100 * SAMPLE_RATE * world(), np.concatenate(self.valid)
+        batches = epoch_batches(self.clips.samples, size, (self.seed, 1), valid, world())
+        return self.fixed(batches, device, number=1)
 
     def sample(self, device):
-        """Yield up to 2,000 s of the training clips for each rank, the same every time."""
-        return self.fixed(self.train, device, number=0, most=20)
+        """Yield up to 2,000 s of the training clips for each rank, mixed as in training, always the same."""
+        batches = self.plan(0, 100 * SAMPLE_RATE * world())
+        return self.fixed(batches[:20], device, number=0)
 
 
 # -----------------------------------------------------------------------------
 # codes of a frozen tokenizer, computed once
 
 
-def cached_codes(tokenizer, pack, device, dtype="float32"):
+def cached_codes(tokenizer, pack, device, dtype="auto"):
     """Return the codes of a pack, computed by all ranks where they are not there yet.
+
+    In bfloat16 where the machine is fast at it, which changes one code in two hundred.
 
     A list of mapped arrays, each of RUN clips, (clips, T of the longest) uint16. They lie beside the audio in
     codes-<hash of tokenizer and sounds>, in files that are whole or absent: a killed job goes on, and two
@@ -360,7 +415,8 @@ def cached_codes(tokenizer, pack, device, dtype="float32"):
     paths = [folder / f"{number:05d}.npy" for number in range(len(runs))]
     try:
         folder.mkdir(exist_ok=True)
-        for path, clips in list(zip(paths, runs))[rank() :: world()]:
+        share = np.array_split(range(len(runs)), world())[rank()]  # neighbours, for network disks
+        for path, clips in [(paths[i], runs[i]) for i in share]:
             if not path.exists():
                 codes = codes_of(tokenizer, pack, clips, device, dtype)
                 write_whole(path, lambda file: np.save(file, codes))

@@ -13,6 +13,7 @@ which gets its name when all is there.
 
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import math
@@ -137,6 +138,23 @@ def in_order(function, items, workers):
             pool.shutdown(cancel_futures=True)
 
 
+def exclude(rows, path):
+    """Mark the rows that a list names, a line each: path, file name or stem. They are left out and listed."""
+    try:
+        names = set(map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--exclude {path}: cannot be read ({error})") from None
+    unseen = set(names)
+    for row in rows:
+        file = Path(row["path"])
+        hits = names & {row["path"], file.name, file.stem}
+        if hits:
+            row["excluded"] = f"{row['path']}: excluded by {path}"
+            unseen -= hits
+    count = sum("excluded" in row for row in rows)
+    print(f"{path}: leaves out {count} recordings; {len(unseen)} of its {len(names)} names are not there")
+
+
 def class_list(rows, classes):
     """Return the class names: those given, or the labels that occur, sorted."""
     labels = {label for row in rows for label in row["labels"]}
@@ -149,6 +167,8 @@ def class_list(rows, classes):
 
 def cut_recording(read, max_seconds, row):
     """Decode a recording. Returns [(clip, its checksum), ...], int16, and why there are none, or ""."""
+    if "excluded" in row:
+        return [], row["excluded"]
     try:
         x = (read(row) * 32768).round().clip(-32768, 32767).astype("<i2")
         check(
@@ -218,8 +238,13 @@ def write_table(path, header, rows):
 
 
 def fbank_stats(pack, clips=2000):
-    """Return mean and standard deviation of the filter bank of up to `clips` evenly spaced clips."""
-    chosen = np.linspace(0, len(pack) - 1, min(clips, len(pack))).astype(int)
+    """Return mean and standard deviation of the filter bank of up to `clips` evenly spaced clips.
+
+    Clips of a test split are looked at only if there are no others.
+    """
+    heard = may_train(pack.table[1])[pack.index["row"]]
+    among = np.flatnonzero(heard if heard.any() else ~heard)
+    chosen = among[np.linspace(0, len(among) - 1, min(clips, len(among))).astype(int)]
     count, total, squares = 0, 0.0, 0.0
     for i in tqdm(chosen, "fbank statistics", unit="clip", disable=None, leave=False):
         x = fbank(pack.wav(i)[None]).double().numpy()
@@ -299,15 +324,46 @@ class Pack:
         """Return (path, reason) of the recordings that were left out."""
         return [tuple(row.values()) for row in self.rows("skipped.csv")]
 
+    @functools.cached_property
     def table(self):
-        """Return per clip a list of class numbers, and split and group as arrays of str."""
+        """The Labels of all recordings, and their splits, an array of str."""
         number = {name: i for i, name in enumerate(self.classes)}
-        rows = self.rows()
-        clips = [rows[i] for i in self.index["row"]]
-        labels = [[number[name] for name in row["labels"].split(";") if name] for row in clips]
-        split = np.array([row["split"] for row in clips])
-        group = np.array([row["group"] for row in clips])
-        return labels, split, group
+        numbers, counts, splits, same = [], [], [], {}
+        with open(self.path / "clips.csv", newline="") as file:
+            lines = csv.reader(file)
+            next(lines)
+            for _, labels, split, _ in lines:
+                some = [number[name] for name in labels.split(";") if name]
+                numbers += some
+                counts.append(len(some))
+                splits.append(same.setdefault(split, split))  # two million, but few of them differ
+        return Labels(numbers, counts, len(self.classes)), np.array(splits)
+
+
+class Labels:
+    """The labels of recordings as one list of numbers: 40 MB for AudioSet, where a table has 1 GB.
+
+    Asked for recordings, an array of n numbers, it gives their table, (n, classes) bool.
+    """
+
+    def __init__(self, numbers, counts, classes):
+        self.numbers, self.counts = np.array(numbers, np.int32), np.array(counts, np.int32)
+        self.first, self.classes = np.cumsum(self.counts) - self.counts, classes
+
+    def __len__(self):
+        return len(self.counts)
+
+    def pairs(self, recordings):
+        """Return all labels of recordings: the position in `recordings` and the class of each."""
+        counts = self.counts[recordings]
+        position = np.repeat(np.arange(len(counts)), counts)
+        behind = np.arange(len(position)) - (np.cumsum(counts) - counts)[position]
+        return position, self.numbers[self.first[recordings][position] + behind]
+
+    def __getitem__(self, recordings):
+        table = torch.zeros(len(recordings), self.classes, dtype=torch.bool)
+        table[self.pairs(recordings)] = True
+        return table
 
 
 def open_packs(spec):
@@ -336,18 +392,38 @@ def open_packs(spec):
 # who trains and who tests
 
 
-def hold_out(recording, share=0.05, most=400, seed=0):
-    """Return which clips are held out, a mask: those of a twentieth of the recordings, not of the only one.
+FOR_TESTING = "test", "testing", "eval", "evaluation", "valid", "val", "validation", "dev"
 
-    recording: (clips,) number of the recording that each clip is of.
+
+def may_train(split, splits="", leave_out=""):
+    """Return which recordings pre-training may hear, a mask: all but those to test or choose by.
+
+    split: array of str; splits: hear these instead, and recordings of no split; "all" = every one;
+    leave_out: and never these. Both as in "1,2".
     """
-    recordings = np.unique(recording)
-    count = min(most, math.ceil(share * len(recordings)), len(recordings) - 1)
-    return np.isin(recording, np.random.default_rng(seed).permutation(recordings)[:count])
+    heard = ~np.isin(np.char.lower(split), FOR_TESTING)
+    if splits:
+        heard = np.isin(split, ["", *splits.split(",")]) | (splits == "all")
+    return heard & ~np.isin(split, list(filter(None, leave_out.split(","))))
+
+
+def hold_out(recording, samples, share=0.05, seconds=math.inf, seed=0):
+    """Return which clips are held out, a mask: those of a share of the recordings, not of the only one.
+
+    recording, samples: (clips,) the recording that each clip is of, and its length. As soon as so many
+    seconds are held out no other recording is.
+    """
+    recordings, number = np.unique(recording, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(recordings))
+    samples = np.bincount(number, samples)[order]
+    before = samples.cumsum() - samples
+    count = min(math.ceil(share * len(order)), len(order) - 1)
+    held = order[:count][before[:count] < seconds * SAMPLE_RATE]
+    return np.isin(number, held)
 
 
 def splits_of(pack, test_split="", fold="", valid_share=0.0):
-    """Return {fold: (train, valid, test) clip numbers}.
+    """Return {fold: (train, valid, test) numbers of recordings}, ascending.
 
     The only fold of a pack without folds is called "". valid may be empty; valid_share of the training
     recordings takes its place, the same ones for every seed.
@@ -355,7 +431,8 @@ def splits_of(pack, test_split="", fold="", valid_share=0.0):
     check(
         pack.classes, f"{pack.path} has no labels (python data.py csv --help: --label_column)"
     )
-    _, split, _ = pack.table()
+    recordings = np.unique(pack.index["row"])  # without those that were skipped
+    split = pack.table[1][recordings]
     names = sorted(set(split))
     masks = {}
     if len(names) > 1 and all(name.isdigit() for name in names):
@@ -378,20 +455,12 @@ def splits_of(pack, test_split="", fold="", valid_share=0.0):
 
     splits = {}
     for k in masks:
-        train, valid, test = map(np.flatnonzero, masks[k])
+        train, valid, test = (recordings[mask] for mask in masks[k])
         if valid_share and not len(valid):
-            held = hold_out(pack.index["row"][train], valid_share, most=len(train))
+            held = hold_out(train, np.ones(len(train)), valid_share)
             train, valid = train[~held], train[held]
         splits[k] = train, valid, test
     return splits
-
-
-def targets_of(pack):
-    """Return the labels as a table, (clips, classes) bool."""
-    targets = torch.zeros(len(pack), len(pack.classes), dtype=torch.bool)
-    for row, labels in zip(targets, pack.table()[0]):
-        row[labels] = True
-    return targets
 
 
 # -----------------------------------------------------------------------------
@@ -401,6 +470,8 @@ def targets_of(pack):
 def pack(recipe, args):
     """Make a pack by a recipe."""
     rows, classes = recipe.rows(args)
+    if args.exclude:
+        exclude(rows, args.exclude)
     read = getattr(recipe, "read", read_row)
     write_pack(args.out, rows, read, classes, args.source, args.max_seconds, args.workers)
 
@@ -413,17 +484,19 @@ def describe(pack):
         return ", ".join(f"{name or '(none)'} {count}" for name, count in zip(names, numbers))
 
     info, seconds = pack.info, pack.samples / SAMPLE_RATE
-    labels, split, group = pack.table()
-    classes = [pack.classes[number] for row in labels for number in row]
+    labels, split = pack.table
+    recording = pack.index["row"]
+    classes = np.array(pack.classes)[labels.pairs(recording)[1]]
+    groups = {row["group"] for row in pack.rows()}
     skipped = pack.skipped()
     print(
         f"{pack.path}: {len(pack)} clips of {seconds.min():.2f} to {seconds.max():.2f} s, "
         f"{info['hours']:.2f} h from {info['source']}\n"
         f"fbank mean {info['fbank_mean']:.5f} std {info['fbank_std']:.5f}\n"
-        f"splits: {counts(split)}\n"
-        f"{len(np.unique(group))} groups\n"
+        f"splits: {counts(split[recording])}\n"
+        f"{len(groups)} groups\n"
         f"classes: {counts(classes) or '(none)'}\n"
-        f"{len(skipped)} of {len(pack.rows())} files skipped, listed in {pack.path / 'skipped.csv'}"
+        f"{len(skipped)} of {len(labels)} files skipped, listed in {pack.path / 'skipped.csv'}"
     )
     for _, reason in skipped[:10]:
         print("  " + reason)
@@ -461,6 +534,10 @@ def main(doc, argv=None):
         flags = command(name, recipe.__doc__, partial(pack, recipe))
         recipe.add_flags(flags)
         flags.add_argument("--out", required=True, help="the pack to make")
+        flags.add_argument(
+            "--exclude",
+            help="list of recordings to leave out, a line each: path in the pack, file name or stem"
+        )
         flags.add_argument(
             "--max_seconds",
             "--max-seconds",

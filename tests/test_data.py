@@ -50,7 +50,8 @@ def test_a_folder_becomes_a_pack(tmp_path, write_wav, capsys):
     data.main(["folder", f"{tmp_path}/sounds", "--out", f"{tmp_path}/pack"])
     pack = Pack(tmp_path / "pack")
     assert pack.classes == ["cat", "dog"]
-    assert pack.table()[0] == [[0], [1], [1], [1], [1]]
+    assert [row["labels"] for row in pack.rows()] == ["cat", "cat", "cat", "dog", "dog"]
+    assert pack.index["row"].tolist() == [0, 3, 4, 4, 4]
     assert pack.samples.tolist() == [4800, 16000, 160000, 160000, 80000]        # 25 s in three pieces
     data.main(["stats", f"{tmp_path}/pack"])
     out = capsys.readouterr().out
@@ -62,8 +63,9 @@ def test_a_table_becomes_a_pack(tmp_path, write_wav):
     (tmp_path / "meta.csv").write_text('file,class,fold,start,end\na.wav,"x;y",1,1.0,2.5\na.wav,y,2,3.0,\n')
     data.main(["csv", f"{tmp_path}/meta.csv", "--out", f"{tmp_path}/pack"])
     pack = Pack(tmp_path / "pack")
-    assert pack.table()[0] == [[0, 1], [1]]
-    assert pack.table()[1].tolist() == ["1", "2"]
+    labels, split = pack.table
+    assert labels[[0, 1]].tolist() == [[True, True], [False, True]]
+    assert split.tolist() == ["1", "2"]
     assert np.allclose(pack.wav(0), sine(4)[16000:40000], atol=1e-4)
     assert np.allclose(pack.wav(1), sine(4)[48000:], atol=1e-4)
 
@@ -191,7 +193,8 @@ def test_shares_hold_over_any_run_of_batches(ranks, shares):
     until = np.zeros((len(batches) + 1, 3))     # seconds of each pack up to a batch
     for number, batch in enumerate(batches):
         np.add.at(until[number + 1], np.digitize(batch, [3000, 5000]), samples[batch] / 16000)
-    assert until[:-1].sum(1).max() <= 60 + 1e-6
+    most = 60 + (ranks > 1) * ranks / 2 * 10        # the nearest multiple of clips
+    assert until[:-1].sum(1).max() <= most + 1e-6
     until = until.cumsum(0)
     assert until[-1].sum() == pytest.approx(samples.sum() / 16000, rel=0.01)
     ahead = until - np.array(shares) * until.sum(1, keepdims=True)
@@ -234,6 +237,79 @@ def test_ranks_together_hear_each_clip_once_and_train_on_no_held_out_recording(t
     recording = np.concatenate([Pack(ragged).index["row"], 100 + pack.index["row"]])
     assert not set(recording[train]) & set(recording[valid])
     assert len(set(recording[valid])) == 2 + 3          # a twentieth of each pack's
+
+def splits_pack(path):
+    """Write a pack of 40 clips of 1 s, ten of each split in turn; the path in it is the number."""
+    names = ("train", "test", "valid", "")
+    rows = [row_of(i, "a", names[i % 4]) for i in range(40)]
+    return data.write_pack(path, rows, lambda row: sine(1))
+
+@pytest.mark.parametrize("flags, heard", [
+    ({}, ["", "train"]), (dict(splits="test"), ["", "test"]),
+    (dict(splits="all"), ["", "test", "train", "valid"]),
+    (dict(splits="train,valid", leave_out="valid"), ["", "train"])])
+def test_clips_to_test_or_choose_by_are_not_heard_unless_named(flags, heard, tmp_path):
+    split = splits_pack(tmp_path / "pack").table[1]
+    sounds = Sounds(str(tmp_path / "pack"), 0.0, 10.0, **flags)
+    assert sorted(set(split[np.concatenate(sounds.train + sounds.valid)])) == heard
+    left = [f"10 of {name}" for name in ("test", "train", "valid") if name not in heard]
+    assert str(sounds).endswith(f"left out: {', '.join(left) or 'none'}")
+    epoch = {clip for batch in sounds.plan(0) for clip in batch}
+    assert set(split[list(epoch)]) == set(heard)
+
+def test_a_fold_is_left_out_and_a_name_that_no_pack_has_is_a_mistake(ragged, tmp_path):
+    assert "all folds are heard, 1, 2, 3; see --leave_out" in str(Sounds(ragged, 0.0, 10.0))
+    sounds = Sounds(ragged, 0.0, 10.0, leave_out="2")
+    assert set(np.concatenate(sounds.train + sounds.valid) % 3) == {0, 2}
+    for flags in (dict(leave_out="7"), dict(splits="trian")):
+        with pytest.raises(UserError, match="has no split .*, but 1, 2, 3"):
+            Sounds(ragged, 0.0, 10.0, **flags)
+    rows = [row_of(i, "a", "test") for i in range(4)]
+    data.write_pack(tmp_path / "tests", rows, lambda row: sine(1))
+    with pytest.raises(UserError, match="not for training .test.; name those to hear, as in --splits test"):
+        Sounds(str(tmp_path / "tests"), 0.0, 10.0)
+
+def test_excluded_recordings_are_listed_with_the_reason(tmp_path, write_wav, capsys):
+    for name in ("a/one", "a/two", "b/three", "b/one", "b/four, five"):
+        write_wav(f"sounds/{name}.wav", sine(1))
+    (tmp_path / "list.txt").write_text("two\nb/one.wav\nthree.wav\nfour, five\nnobody\n")
+    flags = ["--out", f"{tmp_path}/pack", "--exclude", f"{tmp_path}/list.txt"]
+    data.main(["folder", f"{tmp_path}/sounds", *flags])
+    pack = Pack(tmp_path / "pack")
+    assert [pack.rows()[row]["path"] for row in pack.index["row"]] == ["a/one.wav"]
+    assert dict(pack.skipped())["b/one.wav"] == f"b/one.wav: excluded by {tmp_path}/list.txt"
+    assert "leaves out 4 recordings; 1 of its 5 names are not there" in capsys.readouterr().out
+
+def test_statistics_follow_the_shares_of_a_mixture(tmp_path):
+    """A quiet pack of 30 clips and a loud one of 10, sampled one to three."""
+    for name, count, level in (("quiet", 30, 1e-3), ("loud", 10, 0.3)):
+        noise = np.random.default_rng(0).standard_normal((count, 16000)).astype(np.float32)
+        rows = [row_of(i) for i in range(count)]
+        data.write_pack(tmp_path / name, rows, lambda row: level * noise[int(row["path"])])
+    spec = f"{tmp_path}/quiet:0.25,{tmp_path}/loud:0.75"
+    sounds = Sounds(spec, 0.0, 10.0)
+    heard = [batch["wav"].abs().mean(1) > 0.01 for batch in sounds.sample(CPU)]
+    assert 0.7 < torch.cat(heard).float().mean() < 0.8
+
+    values = torch.cat([fbank(batch["wav"]).flatten() for batch in sounds.sample(CPU)])
+    stats = sounds.fbank_stats()
+    assert stats["fbank_mean"] == pytest.approx(values.mean().item(), abs=0.2)
+    assert stats["fbank_std"] == pytest.approx(values.std().item(), abs=0.1)       # not 1.2 of either pack
+
+def test_what_is_held_out_is_bounded_in_seconds():
+    recording, samples = np.repeat(np.arange(2000), 360), np.full(720_000, 160_000)         # hours
+    held = data.hold_out(recording, samples, seconds=4000)
+    assert held.sum() == 2 * 360
+    held = data.hold_out(np.arange(30), samples[:30])
+    assert held.sum() == 2
+    assert not data.hold_out(np.zeros(9, int), samples[:9]).any()           # of the only recording
+
+def test_batches_are_of_about_one_size_and_of_the_nearest_multiple_of_the_ranks():
+    for ranks, clips in ((8, 144), (16, 144)):
+        samples = np.full(144 * 20 + 17, 160_000)       # as Table 4 has them: 1,400 s, 140 clips
+        sizes = [len(batch) for batch in epoch_batches(samples, 1400 * 16000, 0, multiple=ranks)]
+        assert sorted(sizes)[2:] == [clips] * 19
+        assert min(sizes) >= clips // 2
 
 def test_micro_batches_are_bounded_and_cut_to_their_longest_clip(ragged):
     clips = Clips([Pack(ragged)])
@@ -305,13 +381,21 @@ def test_two_million_clips_open_fast_with_little_memory(tmp_path):
     for shard in range(4000):
         with open(tmp_path / f"audio-{shard:05d}.bin", "wb") as file:
             file.truncate(500 * 320_000)        # a hole: no disk space
-    info = dict(version=2, source="", classes=[], clips=len(number), shards=[500 * 160_000] * 4000)
+    info = dict(version=2, source="", classes=["a", "b"], clips=len(number), shards=[500 * 160_000] * 4000)
     (tmp_path / "pack.json").write_text(json.dumps(info))
+    (tmp_path / "clips.csv").write_text("path,labels,split,group\n" + 1_000_000 * "x,b,train,\ny,a;b,test,\n")
 
     before, began = resident_megabytes(), time.time()
     clips = Clips([Pack(tmp_path)])
     assert resident_megabytes() - before < 150
     assert time.time() - began < 2              # seconds
+    before = resident_megabytes()
+    labels, split = clips.packs[0].table
+    assert labels[[0, 1_999_999]].tolist() == [[False, True], [True, True]]
+    assert split[-2:].tolist() == ["train", "test"]
+    position, label = labels.pairs(number)
+    assert np.bincount(label).tolist() == [1_000_000, 2_000_000]
+    assert resident_megabytes() - before < 300          # a table of 527 classes would have 1,000
     dealt = data.deal(lambda epoch: epoch_batches(clips.samples, 20 * 16000, (0, epoch)), 0)
     next(dealt)
     before = resident_megabytes()
