@@ -8,7 +8,8 @@ Judge encoders on any labelled pack: splits, scores, frozen probes, ensembles.
 
 A pack whose splits are numbers has folds: each is tested once, with the others to train on. Otherwise
 `train` and `test` (or `eval`), and `valid` if there is one. Writes into --out_dir, named after probe or
-ensemble and pack: .npz (paths, targets, scores of the test clips), .csv (per class) and .jsonl (the log).
+ensemble and pack: .npz (paths, targets, scores of the test recordings), .csv (per class) and .jsonl (log).
+Scores are per recording: of the clips that a long one was cut into, features or probabilities are averaged.
 """
 
 import dataclasses
@@ -26,10 +27,10 @@ from torch import nn
 
 import common
 import data
-from audio import SAMPLE_RATE
+from audio import SAMPLE_RATE, num_tokens
 from common import UserError, autocast, check
 from model import PRESETS, Classifier, Encoder, load, load_encoder, masked_mean
-from recipes.packs import splits_of, targets_of, write_table
+from recipes.packs import splits_of, write_table
 
 @dataclass
 class Config:
@@ -49,26 +50,44 @@ class Config:
     dtype: str = "auto"             # auto | float32 | bfloat16
 
 # -----------------------------------------------------------------------------
-# clips
+# recordings
 
 
-def has_several(targets):
-    """Tell whether clips have other than exactly one label: scores are then mAP."""
-    return bool((targets.sum(1) != 1).any())
+def task_of(cfg, pack):
+    """Return {fold: (train, valid, test) recordings}, their Labels, and whether some have several: then mAP.
+
+    Where each has one, those without any are no example of the task: they are left out, and counted.
+    """
+    splits = splits_of(pack, cfg.test_split, cfg.fold, cfg.valid_share)
+    labels, _ = pack.table
+    used = np.unique(np.concatenate(sum(splits.values(), ())))
+    count = labels.counts[used]
+    several = bool((count > 1).any())
+    bare = used[count == 0]
+    if several:
+        text = f"mAP, for {(count > 1).sum()} of {len(used)} recordings have several labels"
+    else:
+        text = f"accuracy, for no recording has several labels; {len(bare)} without one are left out"
+        for fold in splits:
+            splits[fold] = tuple(np.setdiff1d(part, bare) for part in splits[fold])
+    if not common.rank():
+        print(f"{pack.path}: {text}")
+    return splits, labels, several
 
 
 @torch.no_grad()
-def over_clips(pack, clips, function, device, dtype="auto", text=""):
-    """Return function(wav, lengths) -> (B, K) of clips: (len(clips), K) float32 on the CPU, in order.
+def over_recordings(pack, recordings, function, device, dtype="auto", text=""):
+    """Return function(wav, lengths) -> (B, K) of recordings: (len(recordings), K) on the CPU, in order.
 
-    Every clip is seen by exactly one rank, in batches that are the same for any number of ranks. clips:
-    ascending numbers.
+    The clips that a recording was cut into weigh by their tokens. Every clip is seen by exactly one rank,
+    in batches that are the same for any number of ranks. recordings: ascending numbers.
     """
+    clips = np.flatnonzero(np.isin(pack.index["row"], recordings))
     batches = data.by_length(pack.samples, clips, 80 * SAMPLE_RATE)
     rows = []
     for batch in data.walk(pack, batches[common.rank() :: common.world()], device, text):
         with autocast(device, dtype):
-            values = function(batch["wav"], batch["lengths"]).float().cpu()
+            values = function(batch["wav"], batch["lengths"]).cpu()
         rows += zip(batch["clip"].tolist(), values)
 
     if common.world() > 1:
@@ -76,7 +95,15 @@ def over_clips(pack, clips, function, device, dtype="auto", text=""):
         dist.all_gather_object(parts, rows)
         rows = sum(parts, [])
     rows.sort(key=lambda row: row[0])
-    return torch.stack([values for _, values in rows])
+    values = torch.stack([value for _, value in rows])
+    if len(clips) == len(recordings):
+        return values
+
+    weight = torch.from_numpy(num_tokens(pack.samples[clips]).astype(float))[:, None]
+    position = torch.from_numpy(np.searchsorted(recordings, pack.index["row"][clips]))
+    total = torch.zeros(len(recordings), 1 + values.shape[1], dtype=torch.double)
+    total.index_add_(0, position, torch.cat([weight, weight * values], 1))
+    return (total[:, 1:] / total[:, :1]).to(values.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -108,18 +135,18 @@ def score(scores, targets, several):
     return (scores.argmax(1) == targets.float().argmax(1)).double().mean().item()
 
 
-def write_results(stem, pack, test, scores, targets, text=""):
-    """Return metrics of scores (n, K) of the clips `test`; rank 0 writes stem.npz, .csv, a line of .jsonl.
+def write_results(stem, pack, test, scores, labels, several, text=""):
+    """Return metrics of scores (n, K) of recordings; rank 0 writes stem.npz, .csv, a line of .jsonl.
 
     mAP is the mean over the classes that occur (classes_scored).
     """
-    several, targets = has_several(targets), targets[test]
+    targets = labels[test]
     precision = precisions(scores, targets)
     result = dict(
         mAP=float(np.nanmean(precision)),
         classes_scored=int(np.isfinite(precision).sum()),
         classes=len(pack.classes),
-        clips=len(test)
+        recordings=len(test)
     )
     if not several:
         result = dict(accuracy=score(scores, targets, several)) | result
@@ -128,7 +155,7 @@ def write_results(stem, pack, test, scores, targets, text=""):
         return result
 
     rows = pack.rows()
-    paths = [rows[recording]["path"] for recording in pack.index["row"][test]]
+    paths = [rows[recording]["path"] for recording in test]
     np.savez_compressed(
         f"{stem}.npz",
         paths=paths,
@@ -137,7 +164,7 @@ def write_results(stem, pack, test, scores, targets, text=""):
         scores=scores.numpy()
     )
     table = zip(pack.classes, targets.sum(0).tolist(), precision)
-    write_table(f"{stem}.csv", ["class", "clips", "average_precision"], table)
+    write_table(f"{stem}.csv", ["class", "recordings", "average_precision"], table)
     return result
 
 
@@ -223,13 +250,13 @@ def open_encoder(init, model="tiny", info=None):
 
 
 # -----------------------------------------------------------------------------
-# frozen probes: x (n, D) features and y (n, K) bool targets of training clips -> scores (m, K) of test clips
+# frozen probes: x (n, D) features and y (n, K) bool targets to train on -> scores (m, K) of those to test
 
 
-def extract(encoder, pack, device, dtype="auto", layers="last"):
-    """Return features of all clips: the mean over tokens of the last layer, (n, D).
+def extract(encoder, pack, recordings, device, dtype="auto", layers="last"):
+    """Return features of recordings: the mean over tokens of the last layer, (len(recordings), D) float32.
 
-    With layers="all" mean and standard deviation of all, (n, 2 (layers + 1) D).
+    With layers="all" mean and standard deviation of all, (len(recordings), 2 (layers + 1) D).
     """
 
     def pooled(wav, lengths):
@@ -238,13 +265,15 @@ def extract(encoder, pack, device, dtype="auto", layers="last"):
             return masked_mean(x.float(), valid)
         states, valid = encoder.features(wav, lengths, layer="all")
         x = states.float().permute(1, 2, 0, 3).flatten(2)  # (B, T, (layers + 1) D)
-        mean = masked_mean(x, valid)
-        variance = masked_mean(x.square(), valid) - mean.square()
-        return torch.cat([mean, variance.clamp(min=0).sqrt()], -1)
+        return masked_mean(torch.cat([x, x.square()], -1), valid)
 
     encoder.eval()
-    everything, text = np.arange(len(pack)), f"features of {pack.path.name}"
-    return over_clips(pack, everything, pooled, device, dtype, text)
+    text = f"features of {pack.path.name}"
+    x = over_recordings(pack, recordings, pooled, device, dtype, text)
+    if layers == "all":
+        mean, square = x.chunk(2, 1)
+        x = torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt()], 1)
+    return x
 
 
 def classification_loss(logits, targets, several):
@@ -330,26 +359,36 @@ def knn_probe(x, y, x_test, k=10, temperature=0.07):
     return torch.cat(rows)
 
 
-def probe(kind, x, targets, split, several, seed=0):
-    """Return the scores of the test clips by one kind of probe. x: (clips, D)"""
-    train, valid, test = split
-    if kind == "linear":
-        return linear_probe(x[train], targets[train], x[test], several)
-    if kind == "knn":
-        return knn_probe(x[train], targets[train], x[test])
-    chosen = valid if len(valid) else test  # as X-ARES does with folds
-    return mlp_probe(
-        x[train], targets[train], x[chosen], targets[chosen], x[test], several, seed
-    )
+class Frozen:
+    """A frozen encoder's features of the recordings of a pack, for probes on any of its folds."""
+
+    def __init__(self, encoder, pack, splits, labels, device, dtype="auto", layers="last"):
+        self.labels = labels
+        self.recordings = np.unique(np.concatenate(sum(splits.values(), ())))
+        self.x = extract(encoder, pack, self.recordings, device, dtype, layers)
+
+    def of(self, recordings):
+        """Return features (n, D) and targets (n, K) of recordings."""
+        return self.x[np.searchsorted(self.recordings, recordings)], self.labels[recordings]
+
+    def probe(self, kind, split, several, seed=0):
+        """Return the scores of the test recordings by one kind of probe."""
+        train, valid, test = map(self.of, split)
+        if kind == "linear":
+            return linear_probe(*train, test[0], several)
+        if kind == "knn":
+            return knn_probe(*train, test[0])
+        chosen = valid if len(split[1]) else test  # as X-ARES does with folds
+        return mlp_probe(*train, *chosen, test[0], several, seed)
 
 
 def probe_score(encoder, pack, device, dtype="auto"):
     """Return the mean score of a linear probe of the frozen encoder, over the pack's folds."""
-    x, targets = extract(encoder, pack, device, dtype), targets_of(pack)
-    several = has_several(targets)
+    splits, labels, several = task_of(Config(), pack)
+    frozen = Frozen(encoder, pack, splits, labels, device, dtype)
     values = [
-        score(probe("linear", x, targets, split, several), targets[split[2]], several)
-        for split in splits_of(pack).values()
+        score(frozen.probe("linear", split, several), labels[split[2]], several)
+        for split in splits.values()
     ]
     return float(np.mean(values))
 
@@ -358,13 +397,17 @@ def probe_score(encoder, pack, device, dtype="auto"):
 # fine-tuned classifiers
 
 
-def probabilities(model, pack, clips, device, dtype="auto"):
-    """Return a classifier's probabilities of clips, (len(clips), K) float64."""
+def probabilities(model, pack, recordings, device, dtype="auto"):
+    """Return a classifier's probabilities of recordings, (len(recordings), K) float64."""
+
+    def of_clips(wav, lengths):
+        logits = model.logits(wav, lengths).double()  # float32 sigmoids saturate, which makes ties
+        return logits.sigmoid() if model.multilabel else logits.softmax(1)
+
     model.eval()
-    logits = over_clips(pack, clips, model.logits, device, dtype, "probabilities")
+    values = over_recordings(pack, recordings, of_clips, device, dtype, "probabilities")
     model.train()
-    logits = logits.double()  # float32 sigmoids saturate, which makes ties
-    return logits.sigmoid() if model.multilabel else logits.softmax(1)
+    return values
 
 
 def ensemble(paths, fold, pack, test, device, dtype="auto"):
@@ -389,9 +432,7 @@ def main(**flags):
     )
     _, _, device = common.setup(cfg.device, cfg.seed)
     pack = data.Pack(cfg.data)
-    splits = splits_of(pack, cfg.test_split, cfg.fold, cfg.valid_share)
-    targets = targets_of(pack)
-    several = has_several(targets)
+    splits, labels, several = task_of(cfg, pack)
     if cfg.ensemble:
         check(
             len(splits) == 1 or "{fold}" in cfg.ensemble,
@@ -400,7 +441,7 @@ def main(**flags):
         )
     else:
         encoder = open_encoder(cfg.init, cfg.model, pack.info).to(device)
-        x = extract(encoder, pack, device, cfg.dtype, cfg.layers)
+        frozen = Frozen(encoder, pack, splits, labels, device, cfg.dtype, cfg.layers)
 
     results = {}  # what was tested -> {fold: value}
     for fold, split in splits.items():
@@ -408,20 +449,18 @@ def main(**flags):
         if cfg.ensemble:
             scores = ensemble(cfg.ensemble.split(","), fold, pack, test, device, cfg.dtype)
         else:
-            scores = {
-                kind: probe(kind, x, targets, split, several, cfg.seed) for kind in probes
-            }
+            scores = {kind: frozen.probe(kind, split, several, cfg.seed) for kind in probes}
         for name, values in scores.items():
-            results.setdefault(name, {})[fold] = score(values, targets[test], several)
+            results.setdefault(name, {})[fold] = score(values, labels[test], several)
             if name in ("linear", "mlp", "knn", "ensemble"):
                 stem, text = stem_of(cfg, name, pack, fold)
                 common.keep_old(f"{stem}.pt")
-                write_results(stem, pack, test, values, targets, text)
+                write_results(stem, pack, test, values, labels, several, text)
 
     for name, values in results.items():
         note = ""
         if name == "mlp" and not len(split[1]):
-            note = " (epochs chosen on the test clips, as X-ARES does; --valid_share 0.2 is strict)"
+            note = " (epochs chosen on what is tested, as X-ARES does; --valid_share 0.2 is strict)"
         print_results(values, "mAP" if several else "accuracy", f"{cfg.data} {name}", note)
     return results if len(results) > 1 else results[name]
 

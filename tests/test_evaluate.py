@@ -8,11 +8,13 @@ import torch.nn.functional as F
 
 import data
 import evaluate
-from audio import pad_batch
+from audio import num_tokens, pad_batch
 from common import UserError
 from conftest import row_of, save_classifier
 from data import Pack
 from model import load
+
+CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def tagged(tmp_path_factory):
@@ -58,11 +60,68 @@ def test_splits_go_by_their_names(tagged):
 def test_a_share_of_the_training_recordings_is_held_out_whole(tmp_path):
     rows = [row_of(i, ["a"], str(i % 3)) for i in range(12)]
     data.write_pack(tmp_path / "pack", rows, lambda row: np.linspace(-1, 1, 9600)**3, max_seconds=0.2)
-    recording = Pack(tmp_path / "pack").index["row"]
     for split in evaluate.splits_of(Pack(tmp_path / "pack"), valid_share=0.25).values():
-        train, valid, test = (set(recording[clips]) for clips in split)
+        train, valid, test = map(set, split)
         assert [len(train), len(valid), len(test)] == [6, 2, 4]
         assert train | valid | test == set(range(12))
+
+def test_a_recording_without_a_label_is_left_out_and_said(tmp_path, capsys):
+    rows = [row_of(i, "ab"[i % 2], ("train", "test")[i // 8]) for i in range(16)]
+    rows += [row_of(16, split="train"), row_of(17, split="test"), row_of(18, "ab")]      # and one of no split
+    def read(row):
+        return 0.1 * np.sin(np.arange(8000) * (0.1 + 0.4 * (int(row["path"]) % 2)))
+    data.write_pack(tmp_path / "pack", rows, read)
+    flags = dict(data=f"{tmp_path}/pack", out_dir=str(tmp_path), model="micro", device="cpu")
+    assert evaluate.main(probe="knn", **flags) == {"": 1.0}
+    assert "no recording has several labels; 2 without one are left out" in capsys.readouterr().out
+    assert len(np.load(tmp_path / "knn_pack.npz")["paths"]) == 8
+
+# ---- recordings that were cut
+
+@pytest.fixture(scope="module")
+def utterances(tmp_path_factory):
+    """The path of a pack of eight recordings of 0.9 to 25 s, which are cut into clips of 10 s."""
+    def read(row):
+        noise = np.random.default_rng(int(row["path"])).standard_normal(int(row["seconds"] * 16000))
+        return 0.1 * noise * np.linspace(0.1, 1, len(noise))
+    seconds = [25, 9.6, 0.9, 12, 3, 21, 10, 5]
+    rows = [row_of(i, "ab"[i % 2], ("train", "test")[i < 3], seconds=seconds[i]) for i in range(8)]
+    path = tmp_path_factory.mktemp("packs") / "utterances"
+    data.write_pack(path, rows, read)
+    return str(path)
+
+def pieces_of(pack, recording):
+    return [pack.wav(clip)[None] for clip in np.flatnonzero(pack.index["row"] == recording)]
+
+def test_pieces_of_a_recording_are_one_by_their_tokens(utterances, random_encoder, tmp_path):
+    pack = Pack(utterances)
+    save_classifier(random_encoder, tmp_path / "x.pt", ["a", "b"])
+    model = load(tmp_path / "x.pt")
+    features = evaluate.extract(random_encoder, pack, np.arange(8), CPU, "float32")
+    spread = evaluate.extract(random_encoder, pack, np.arange(8), CPU, "float32", layers="all")
+    p = evaluate.probabilities(model, pack, np.arange(8), CPU, "float32")
+    for recording in (0, 1, 2):
+        pieces = pieces_of(pack, recording)
+        tokens = torch.cat([random_encoder.features(piece)[0][0] for piece in pieces])
+        torch.testing.assert_close(features[recording], tokens.mean(0), atol=1e-5, rtol=1e-4)
+        states = torch.cat([random_encoder.features(piece, layer="all")[0][:, 0] for piece in pieces], 1)
+        std = states.std(1, correction=0).flatten()
+        torch.testing.assert_close(spread[recording, len(std):], std, atol=1e-3, rtol=1e-2)
+        counts = torch.tensor([float(num_tokens(piece.shape[1])) for piece in pieces])
+        mean = (counts @ torch.cat([model.predict(piece) for piece in pieces]) / counts.sum()).double()
+        torch.testing.assert_close(p[recording], mean, atol=1e-5, rtol=1e-4)
+
+def test_scores_and_files_have_one_row_a_recording(utterances, tmp_path, random_encoder):
+    save_classifier(random_encoder, tmp_path / "x.pt", ["a", "b"])
+    flags = dict(data=utterances, out_dir=str(tmp_path), device="cpu")
+    evaluate.main(probe="knn", model="micro", **flags)
+    evaluate.main(ensemble=f"{tmp_path}/x.pt", **flags)
+    for name in ("knn", "ensemble"):
+        run = np.load(tmp_path / f"{name}_utterances.npz")
+        assert run["paths"].tolist() == ["0", "1", "2"]                 # three pieces, one, and one
+        assert len(run["scores"]) == len(run["targets"]) == 3
+        table = np.genfromtxt(tmp_path / f"{name}_utterances.csv", delimiter=",", skip_header=1)
+        assert table[:, 1].tolist() == [2, 1]
 
 # ---- frozen probes
 
@@ -96,7 +155,7 @@ def test_probes_from_the_command_line(ragged, tmp_path, capsys):
     together = evaluate.main(probe="linear,knn,mlp", **flags)
     out = capsys.readouterr().out
     assert out.count("% over 3 folds") == 3
-    assert "% over 3 folds (epochs chosen on the test clips" in out                 # of the MLP
+    assert "% over 3 folds (epochs chosen on what is tested" in out                 # of the MLP
     for probe in ("linear", "knn"):
         assert evaluate.main(probe=probe, **flags) == together[probe]
         assert min(together[probe].values()) > 0.8
@@ -114,7 +173,7 @@ def test_the_files_of_a_run_give_its_scores(tagged, tmp_path, capsys):
     precision = [naive_average_precision(run["scores"][:, k], run["targets"][:, k]) for k in range(3)]
     assert value == pytest.approx(np.mean(precision), abs=1e-12)
     line = json.loads((tmp_path / "linear_tagged.jsonl").read_text())
-    assert (line["mAP"], line["classes_scored"], line["classes"], line["clips"]) == (value, 3, 4, 10)
+    assert (line["mAP"], line["classes_scored"], line["classes"], line["recordings"]) == (value, 3, 4, 10)
     table = np.genfromtxt(tmp_path / "linear_tagged.csv", delimiter=",", skip_header=1)
     assert table[:, 1].tolist() == [6, 4, 4, 0]                                     # clips
     assert table[:, 2] == pytest.approx([*precision, np.nan], nan_ok=True)

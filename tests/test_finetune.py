@@ -12,7 +12,7 @@ import data
 import finetune
 from audio import fbank, patchify
 from common import UserError, make_optimizer, set_lr
-from conftest import MICRO
+from conftest import MICRO, row_of
 from evaluate import probabilities, splits_of
 from model import Classifier, Encoder, load, random_mask
 
@@ -26,12 +26,23 @@ def seeded(seed=0):
 
 def test_a_preset_gives_way_to_the_checkpoint_and_that_to_flags(ragged, tmp_path):
     flags = dict(data=ragged, task="ks2", out_dir=str(tmp_path), fold="1", model="micro", device="cpu")
+    flags |= dict(best=False)
     finetune.main(max_steps=1, mixup=0.1, **flags)
     finetune.main(max_steps=2, lr=7e-4, weight_decay=0.5, resume=True, **flags)
     ckpt = torch.load(tmp_path / "finetune_ragged_fold1.pt", weights_only=True)
     assert (ckpt["config"]["lr"], ckpt["config"]["mixup"]) == (7e-4, 0.1)
     assert {group["weight_decay"] for group in ckpt["optimizer"]["param_groups"]} == {0.0, 0.5}
     assert (ckpt["encoder"]["fbank_mean"], ckpt["encoder"]["grad_decay"]) == (11.41045, 0.3)    # of Table 4
+
+def test_presets_choose_on_valid_where_the_paper_does_and_seldom_look():
+    seconds = dict(as2m=190_000, as20k=190_000, esc50=2_000, ks1=6_800, ks2=9_981, er=4_000)     # to evaluate
+    for name in seconds:
+        cfg = finetune.Config(**finetune.TASKS[name])
+        assert cfg.best == (name in ("ks1", "ks2", "er"))
+        # a backward pass costs two forward ones
+        assert seconds[name] <= 0.02 * 3 * cfg.batch_seconds * cfg.eval_every
+        assert cfg.max_steps / cfg.save_every <= 40
+    assert finetune.Config(**finetune.TASKS["as2m"]).fbank_std == 0         # the encoder's own
 
 # ---- a run
 
@@ -77,6 +88,18 @@ def test_the_best_on_valid_is_chosen_there_and_tested_once(ragged, tmp_path):
 def test_what_makes_no_sense_is_refused(flags, message, toy, tmp_path):
     with pytest.raises(UserError, match=message):
         finetune.main(**dict(data=toy, out_dir=str(tmp_path)) | FAST | flags)
+
+def test_a_recording_of_25_s_is_trained_on_in_pieces_and_tested_once(tmp_path):
+    def read(row):
+        return np.sin(np.arange(int(row["seconds"] * 16000)) * (0.1, 0.5)[row["labels"][0] == "b"]) * 0.3
+    seconds = [1, 2, 1, 2, 25, 3, 25, 2]
+    rows = [row_of(i, "ab"[i % 2], ("train", "test")[i > 4], seconds=seconds[i]) for i in range(8)]
+    data.write_pack(tmp_path / "pack", rows, read)
+    value = finetune.main(data=f"{tmp_path}/pack", out_dir=str(tmp_path), max_steps=2, **FAST)[""]
+    run = np.load(tmp_path / "finetune_pack.npz")
+    assert run["paths"].tolist() == ["5", "6", "7"]
+    assert np.allclose(run["scores"].sum(1), 1)
+    assert value == np.mean(run["scores"].argmax(1) == run["targets"].argmax(1))
 
 # ---- augmentation
 
@@ -151,12 +174,11 @@ def test_losses_are_means_over_classes_summed_over_clips():
 def test_rare_classes_are_drawn_more_often():
     """By AST's weights: a clip by the sum over its classes of 1000 / (clips of the class + 0.01)."""
     labels, clips_of = [[0]] * 60 + [[1]] * 20 + [[0, 2]] * 5 + [[]] * 2, [65, 20, 5]
-    targets, train = torch.zeros(100, 3, dtype=torch.bool), np.arange(10, 97)
-    for clip, classes in zip(train, labels):
-        targets[clip, classes] = True
+    train = np.arange(10, 97)
+    pairs = np.array([(clip, k) for clip, classes in enumerate(labels) for k in classes]).T
     weight = np.array([sum(1000 / (clips_of[k] + 0.01) for k in classes) for classes in labels])
     def draw(*key):
-        return finetune.draw(train, targets, "abc", "weights", key)
+        return finetune.draw(train, pairs, "abc", "weights", key)
     epochs = [draw(3, epoch) for epoch in range(3000)]
     shares = np.bincount(np.concatenate(epochs), minlength=100)[10:97] / 3000 / 87
     assert np.abs(shares - weight / weight.sum()).max() < 5 * math.sqrt(0.05 / 3000 / 87)
@@ -167,9 +189,8 @@ def test_keyword_epochs_are_balanced():
     """The footnote of Table 4: each class has half the size of the unknown class, in every epoch."""
     sizes = dict(yes=7, _silence_=3, _unknown_=41, no=30)
     label = np.repeat(np.arange(4), list(sizes.values()))
-    targets = F.one_hot(torch.from_numpy(label)).bool()
     def draw(epoch):
-        return finetune.draw(np.arange(81), targets, list(sizes), "unknown", (0, epoch))
+        return finetune.draw(np.arange(81), (np.arange(81), label), list(sizes), "unknown", (0, epoch))
     times = np.bincount(draw(0), minlength=81)
     assert set(times[label == 2]) == {1}
     for k in (0, 1, 3):

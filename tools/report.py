@@ -8,7 +8,7 @@ What are a tokenizer's codes worth? Their use, what survives a disturbance, what
 The tokenizers come before the flags. Each is a checkpoint, ours or released, or a baseline, which is fitted
 here to the clips outside --split:
     random          smooth random projection, the codes of iteration 1
-    random-plain    white-noise filters, the paper's plain form
+    random-plain    equation 1 as printed, 256 dimensions
     kmeans          nearest centroid of normalised log-mel patches
 
 Glossary. Patches of digital silence are left out of everything; intervals are 95 %, by bootstrap over clips.
@@ -63,7 +63,6 @@ from audio import (
 )
 from common import UserError, check, parse, positive, setup
 from data import Pack
-from evaluate import targets_of
 from tokenizer import (
     RandomProjectionTokenizer,
     Tokenizer,
@@ -143,7 +142,7 @@ class Sounds:
         self.cfg = cfg
         self.pack = pack
         self.clips = clips
-        self.targets = targets_of(pack)[clips]
+        self.targets = pack.table[0][pack.index["row"][clips]]
         self.rooms = audio_files(cfg.rirs) if cfg.rirs else []
         self.noises = audio_files(cfg.noises) if cfg.noises else []
 
@@ -247,7 +246,8 @@ def fit_baseline(name, n_codes, pack, clips):
     batches = [pad_batch([pack.wav(clip).numpy()]) for clip in clips]
     if name == "kmeans":
         return KMeansTokenizer().fit_(batches, n_codes)
-    return RandomProjectionTokenizer(n_codes, smooth=name == "random").fit_(batches)
+    projection = "smooth" if name == "random" else "plain"
+    return RandomProjectionTokenizer(n_codes, projection=projection).fit_(batches)
 
 
 def open_tokenizers(names, pack, outside, device):
@@ -547,7 +547,7 @@ def show(found, result):
 
 def choose_clips(cfg, pack):
     """Return the clips to encode, sorted, and those outside the split, to fit baselines to."""
-    split = pack.table()[1]
+    split = pack.table[1][pack.index["row"]]
     inside = np.isin(split, cfg.split or split)
     check(
         inside.any(),
