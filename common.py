@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -202,12 +203,24 @@ def seed_step(seed, step):
 def wrap(model, compile=False):
     """Compile in place, then DDP: the keys of state_dict() stay clean. Returns what to call in training."""
     if compile:
+        # one graph, and gradients are added up after it: cut into DDP's buckets of 25 MB, to add them up
+        # meanwhile, a base model would be some 18 graphs, a large one 55, each made anew by every rank
+        torch._dynamo.config.optimize_ddp = False
+        # with and without padding, one clip alone, evaluation: 8 kinds, its default, are soon used up
+        torch._dynamo.config.recompile_limit = 32
         model.compile()
     if world() == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(
         model, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
+
+
+def send(x, device):
+    """Move a tensor from the CPU without waiting, which a GPU does from pinned memory only."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def millions(module):
@@ -267,7 +280,7 @@ def set_lr(optimizer, cfg, step, schedule="linear"):
 # checkpoints: a file is whole or absent, and loads without running code from it
 
 FORMAT = 2  # of training state: the names of parameters and their order in the optimizer
-RESULTS = (".pt", ".jsonl", ".npz", ".csv")  # what a run leaves under one name
+RESULTS = r"(\.before|\.step\d+)?\.(pt|jsonl|npz|csv)"  # what a run leaves under one name
 
 
 def read_checkpoint(path):
@@ -310,10 +323,27 @@ def save_checkpoint(path, **content):
     barrier()
 
 
+def second_name(path, name):
+    """Let a file be found under another name, too: a link, or a copy where there are no links."""
+    if rank() == 0 and Path(path).exists():
+        name.unlink(missing_ok=True)
+        try:
+            os.link(path, name)
+        except OSError:
+            shutil.copyfile(path, name)
+
+
 def save_training(path, cfg, optimizer, batch, step, **content):
-    """Write a checkpoint that --resume continues after this step and batch."""
+    """Write a checkpoint that --resume continues after this step and batch.
+
+    The one before it stays as .before.pt, and every one that --keep_every asks for as .step<number>.pt.
+    """
+    path = Path(path)
+    second_name(path, path.with_suffix(".before.pt"))
     state = dict(optimizer=optimizer.state_dict(), step=step, place=batch["next"])
     save_checkpoint(path, config=dataclasses.asdict(cfg), **state, **content)
+    if cfg.keep_every and step % cfg.keep_every == 0:
+        second_name(path, path.with_suffix(f".step{step}.pt"))
 
 
 def begin(Config, flags, name, preset={}):
@@ -323,10 +353,19 @@ def begin(Config, flags, name, preset={}):
     """
     cfg = Config(**preset | flags)
     path = f"{cfg.out_dir}/{name.format(**vars(cfg))}.pt"
+    check(
+        cfg.keep_every % max(1, cfg.save_every) == 0,
+        f"--keep_every {cfg.keep_every}: has to be a multiple of --save_every {cfg.save_every}"
+    )
     if not cfg.resume:
         return cfg, path, None
 
-    ckpt = read_checkpoint(path)
+    try:
+        ckpt = read_checkpoint(path)
+    except CheckpointError as error:
+        before = Path(path).with_suffix(".before.pt")
+        hint = f"; {before} is the one before: give it this name to go on from there"
+        raise CheckpointError(f"{error}{hint if before.exists() else ''}") from None
     check("optimizer" in ckpt, f"{path}: holds no training state to resume")
     check(
         ckpt.get("format") == FORMAT and set(ckpt["config"]) == set(vars(cfg)),
@@ -368,23 +407,28 @@ def restore(cfg, path, ckpt, model, optimizer):
 
 def keep_old(path):
     """Move an existing result to the next free .1, .2, ...: a new run never overwrites an old one."""
-    path, number = Path(path), 1
-    old = [suffix for suffix in RESULTS if path.with_suffix(suffix).exists()]
-    if rank() == 0 and old:
-        while any(path.with_suffix(f".{number}{suffix}").exists() for suffix in RESULTS):
+    stem, number = Path(path).with_suffix(""), 1
+    if rank() == 0 and stem.parent.exists():
+        names = [file.name.removeprefix(stem.name) for file in stem.parent.iterdir()]
+        old = [name for name in names if re.fullmatch(RESULTS, name)]
+        while any(name.startswith(f".{number}.") for name in names):
             number += 1
-        for suffix in old:
-            os.replace(path.with_suffix(suffix), path.with_suffix(f".{number}{suffix}"))
-        stem = path.with_suffix("")
-        print(f"kept the earlier {stem}.* as {stem}.{number}.* (--resume continues a run)")
+        for name in old:
+            os.replace(f"{stem}{name}", f"{stem}.{number}{name}")
+        if old:
+            print(f"kept the earlier {stem}.* as {stem}.{number}.* (--resume continues a run)")
     barrier()
 
 
 class Stop:
-    """Catch SIGTERM and SIGINT: finish the step, save, end. A second signal ends at once."""
+    """Catch SIGTERM and SIGINT: finish the step, save, end. A second signal ends at once.
+
+    torchrun kills what has not ended 30 s after a signal. So several ranks, which wait for each other and for
+    the device to agree, do so some 2 s apart, however long a step takes.
+    """
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.due, self.asked = 0, 0, (0, time.perf_counter())
         self.old = {
             number: signal.signal(number, self.catch)
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -396,12 +440,18 @@ class Stop:
         self.signal = number
 
     def now(self, step, device):
-        """Return whether any rank got a signal. All agree; several ask each other every 5 steps."""
+        """Return whether any rank got a signal. All agree."""
         if world() == 1:
             return self.signal > 0
-        if step % 5:
+        if step < self.due:
             return False
-        return all_sum(torch.tensor(float(self.signal), device=device)).item() > 0
+        last, began = self.asked
+        self.asked = step, time.perf_counter()
+        mine = torch.tensor([self.signal, self.asked[1] - began], device=device)
+        signals, seconds = all_sum(mine).tolist()  # the same on all ranks, and so is what follows
+        per_step = seconds / world() / max(1, step - last)
+        self.due = step + min(100, max(1, int(2 / per_step)))
+        return signals > 0
 
     def close(self):
         for number, handler in self.old.items():
@@ -500,9 +550,18 @@ class Meter:
 
 def matrix_rate(device, dtype="auto", n=None):
     """Measure this device's FLOP/s at large products as autocast(device, dtype) does them."""
-    n = n or (4096 if device.type == "cuda" else 1024)
+    # to ask a GPU for something and to wait for it takes as long as one product: 20 at a time
+    cuda = device.type == "cuda"
+    n = n or (8192 if cuda else 1024)
+    products = 20 if cuda else 1
     x = torch.randn(n, n, device=device)
+
+    def multiply():
+        for _ in range(products):
+            y = x @ x
+        y[0, 0].item()
+
     with autocast(device, dtype):
         x = x.to((x @ x).dtype)  # else casting is timed as well
-        times = timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=5)
-    return 2 * n**3 / statistics.median(times)
+        times = timeit.repeat(multiply, number=1, repeat=5)
+    return products * 2 * n**3 / statistics.median(times)

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import re
+import timeit
 from dataclasses import dataclass
 
 import torch
@@ -112,10 +113,16 @@ class RelativeBias(nn.Module):
         bias = F.embedding(bucket, self.table)  # (2T + 1, H)
 
         key_minus_query = positions[:, None, :] - positions[:, :, None]
-        return F.embedding(key_minus_query + T, bias).permute(0, 3, 1, 2)
+        bias = F.embedding(key_minus_query + T, bias)  # (B, K, K, H)
+        # heads first in memory, too: blocks read it row by row, and fused kernels want keys side by side
+        return bias.permute(0, 3, 1, 2).contiguous()
 
 
 ATTENTION = "auto"  # auto | plain | fused | flex: how attend() computes; auto = fused on GPUs, else plain
+
+
+def fused(x):
+    return ATTENTION == "fused" or ATTENTION == "auto" and x.is_cuda
 
 
 def attend(q, k, v, gate, bias, key_bias, p=0.0):
@@ -125,11 +132,14 @@ def attend(q, k, v, gate, bias, key_bias, p=0.0):
     """
     if ATTENTION == "flex" and p == 0:  # which knows no dropout
         return flex_attend(q, k, v, gate, bias, key_bias)
-    if ATTENTION == "fused" or ATTENTION == "auto" and q.is_cuda:
-        bias = gate * bias if key_bias is None else gate * bias + key_bias
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias.to(q.dtype), dropout_p=p
-        )
+    if fused(q):
+        # the largest tensor of a block: written once, in the dtype of the queries
+        gate, bias = gate.to(q.dtype), bias.to(q.dtype)
+        if key_bias is None:
+            bias = gate * bias
+        else:
+            bias = torch.addcmul(key_bias.to(q.dtype), gate, bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
 
     # on a CPU the backward pass of the fused kernel with a dense bias is several times slower
     scores = torch.addcmul((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2), gate, bias)
@@ -238,6 +248,9 @@ class Transformer(nn.Module):
         """
         bias = self.position_bias(T or x.shape[1], positions)
         key_bias = key_padding_bias(valid)
+        if fused(x):  # rounded once, not again in every block
+            bias = bias.to(dtype_of_products(x))
+
         states = [x]
         for block in self.blocks:
             x = self.step(block, x, bias, key_bias)
@@ -261,6 +274,12 @@ class Transformer(nn.Module):
         if self.cfg.layerdrop > 0:
             y = torch.where(torch.rand((), device=x.device) < self.cfg.layerdrop, x, y)
         return y
+
+
+def dtype_of_products(x):
+    """Return the dtype in which Linear layers answer to x here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def key_padding_bias(valid):
@@ -367,8 +386,45 @@ class ConvPosition(nn.Module):
     def forward(self, x):
         norm = self.weight_v.norm(dim=(0, 1), keepdim=True)
         weight = self.weight_v * (self.weight_g / norm)
-        convolve = conv_by_fft if on_cpu(x) else conv_direct
         return F.gelu(convolve(x, weight, self.groups) + self.bias)
+
+
+CONVOLUTION = "auto"  # auto | direct | fft: how convolve() computes; auto = fft on CPUs, the faster on GPUs
+
+
+def convolve(x, weight, groups):
+    """Convolve x (B, T, D) along T with weight (D, D / groups, taps), in one of two ways."""
+    way = CONVOLUTION
+    if way == "auto":
+        way = "fft" if on_cpu(x) else "direct"
+        if x.is_cuda and not torch.compiler.is_exporting():
+            D, _, taps = weight.shape
+            way = faster_convolution(D, groups, taps, x.device, dtype_of_products(x))
+    return conv_by_fft(x, weight, groups) if way == "fft" else conv_direct(x, weight, groups)
+
+
+@torch.compiler.assume_constant_result  # a compiler asks, and takes the answer into its graph
+def faster_convolution(*shape):
+    return time_convolutions(*shape)
+
+
+@functools.cache
+def time_convolutions(dim, groups, taps, device, dtype):
+    """Time both ways on a device, forward and backward, and return the faster: "direct" or "fft"."""
+    times = {}
+    with torch.inference_mode(False):  # gradients, also where the caller wants none
+        x = torch.ones(16, 512, dim, device=device, dtype=dtype, requires_grad=True)
+        weight = torch.ones(dim, dim // groups, taps, device=device, requires_grad=True)
+        for name, way in dict(direct=conv_direct, fft=conv_by_fft).items():
+
+            def run():
+                y = way(x, weight, groups)
+                _, slope = torch.autograd.grad(y.sum(), [x, weight])
+                return slope[0, 0, 0].item()  # waits for the device
+
+            run()
+            times[name] = min(timeit.repeat(run, number=3, repeat=3))
+    return min(times, key=times.get)
 
 
 def conv_direct(x, weight, groups):
@@ -466,8 +522,10 @@ class Encoder(nn.Module):
         That is the last block's output, or with layers="mean" the mean over the blocks.
         """
         patches = patchify(self.normalise(features))
-        states = self(patches, valid, all_layers=True)
-        return torch.stack(states[1:]).mean(0) if layers == "mean" else states[-1]
+        if layers == "last":
+            return self(patches, valid)
+        _, *states = self(patches, valid, all_layers=True)
+        return torch.stack(states).mean(0)
 
 
 # -----------------------------------------------------------------------------

@@ -1,9 +1,14 @@
 """Flags, optimizer, schedule, checkpoints, signals and log: what every script shares."""
+import contextlib
 import dataclasses
+import functools
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+import timeit
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ import evaluate
 import finetune
 import train_mam
 import train_tokenizer
+from common import UserError
 from conftest import MICRO, ROOT
 from model import Encoder
 from train_mam import Config
@@ -86,6 +92,48 @@ def test_earlier_results_move_to_the_next_free_number(tmp_path, capsys):
     assert [(tmp_path / name).read_text() for name in ("x.1.pt", "x.2.jsonl", "x.pt")] == ["a", "b", "c"]
     assert capsys.readouterr().out.count("kept the earlier") == 2
 
+def save(path, step, **flags):
+    """Save as the scripts do."""
+    cfg = Config(**flags)
+    optimizer = common.make_optimizer(torch.nn.Linear(1, 1), 1.0, 0.0)
+    common.save_training(path, cfg, optimizer, dict(next=(0, step)), step, kind="x", model={})
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_last_two_checkpoints_are_kept_and_every_one_asked_for(links, tmp_path, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *names: os.stat("no such"))     # as on a FAT disk
+    for step in (2, 4, 6, 8):
+        save(tmp_path / "x.pt", step, keep_every=4, save_every=2)
+    steps = {path.name: common.read_checkpoint(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {"x.pt": 8, "x.before.pt": 6, "x.step4.pt": 4, "x.step8.pt": 8}
+    common.keep_old(tmp_path / "x.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {name.replace("x.", "x.1.") for name in steps}
+
+def test_of_a_damaged_checkpoint_the_one_before_is_named(tmp_path):
+    for step in (2, 4):
+        save(tmp_path / "x.pt", step)
+    (tmp_path / "x.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="not a readable checkpoint.*x.before.pt is the one before: give it"):
+        common.begin(Config, dict(out_dir=str(tmp_path), resume=True), "x")
+
+def test_what_is_kept_for_good_has_to_be_saved_at_all(tmp_path):
+    with pytest.raises(UserError, match="--keep_every 15: has to be a multiple of --save_every 10"):
+        common.begin(Config, dict(keep_every=15, save_every=10), "x")
+
+@pytest.mark.parametrize("seconds, steps", [
+    (0.101, [1, 20, 39]), (0.7, range(1, 41, 2)), (4.0, range(1, 41))])
+def test_ranks_ask_each_other_every_two_seconds_or_every_slow_step(seconds, steps, monkeypatch):
+    clock, asked = [0.0], []
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common, "all_sum", lambda x: asked.append(step) or 2 * x)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    stop = common.Stop()
+    for step in range(1, 41):
+        clock[0] += seconds
+        assert not stop.now(step, CPU)
+    stop.close()
+    assert asked == list(steps)
+
 def test_a_first_signal_asks_to_stop_and_a_second_ends_at_once():
     before, stop = signal.getsignal(signal.SIGTERM), common.Stop()
     try:
@@ -112,3 +160,33 @@ def test_a_meter_gives_the_means_since_it_was_last_read():
             meter.add(dict(loss=torch.tensor(loss), count=torch.tensor(count)))
         assert meter.read()["loss"] == read
     assert str(common.means(dict(loss=torch.tensor(0.0), count=torch.tensor(0)))) == "{'loss': nan}"
+
+@pytest.mark.parametrize("kind, products", [("cpu", 1), ("cuda", 20)])
+def test_the_rate_at_products_is_of_many_per_wait_on_a_gpu(kind, products, monkeypatch):
+    """A pretended GPU that asks for a product in no time and for its result in a second, however many."""
+    class Product:
+        dtype = torch.float32
+        def __matmul__(self, other):
+            return self
+        def __getitem__(self, index):
+            return self
+        def to(self, dtype):
+            return self
+        def item(self):
+            clock.append(1.0)
+    clock = []
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: Product())
+    monkeypatch.setattr(common, "autocast", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(common.timeit, "repeat", functools.partial(timeit.repeat, timer=lambda: sum(clock)))
+    assert common.matrix_rate(torch.device(kind), n=10) == products * 2 * 10**3
+
+def test_sending_pins_for_a_gpu_and_nothing_else():
+    class Sent:
+        pinned = False
+        def pin_memory(self):
+            self.pinned = True
+            return self
+        def to(self, device, non_blocking):
+            return device.type, non_blocking, self.pinned
+    assert common.send(Sent(), torch.device("cuda")) == ("cuda", True, True)
+    assert common.send(torch.arange(3), CPU).tolist() == [0, 1, 2]

@@ -2,6 +2,8 @@
 import dataclasses
 import math
 import re
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -84,6 +86,33 @@ def test_all_ways_of_attention_agree(way, biases, monkeypatch):
             results.append([y, *gradients])
         assert_close(*results)
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fused_kernel_gets_a_bias_that_it_takes(padded, dtype, random_encoder, monkeypatch):
+    """In the dtype of the queries and with keys side by side: else torch falls back to slow plain steps."""
+    patches, valid = torch.randn(2, 48, 256), torch.arange(48) < torch.tensor([[48], [32]])
+    inputs = patches, valid if padded else None, random_mask(torch.rand(2, 48), valid, 0.5)[0]
+    fused, attend, biases, results = F.scaled_dot_product_attention, model.attend, [], []
+    def noticed(q, k, v, attn_mask, dropout_p):
+        assert attn_mask.dtype == q.dtype == dtype
+        assert attn_mask.stride(-1) == 1
+        biases.append(attn_mask)
+        return fused(q, k, v, attn_mask, dropout_p)
+    def attended(q, k, v, gate, bias, key_bias, p):     # every block gets it ready
+        assert bias.is_contiguous()
+        assert bias.dtype == (dtype if model.ATTENTION == "fused" else torch.float32)
+        return attend(q, k, v, gate, bias, key_bias, p)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noticed)
+    monkeypatch.setattr(model, "attend", attended)
+    for way in ("plain", "fused"):
+        monkeypatch.setattr(model, "ATTENTION", way)
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            results += [random_encoder(*inputs), random_encoder(patches, inputs[1])]
+    assert len(biases) == 2 * 2                         # blocks, and with or without keep
+    for plain, ours in zip(results[:2], results[2:]):
+        difference = (plain - ours)[plain.isfinite()].abs().max()
+        assert difference < (1e-5 if dtype == torch.float32 else 0.1) * plain.abs().max()
+
 @pytest.mark.parametrize("T, taps", [(1, 16), (8, 16), (17, 16), (48, 16), (40, 7)])
 def test_both_position_convolutions_equal_a_naive_loop(T, taps):
     torch.manual_seed(0)
@@ -95,6 +124,29 @@ def test_both_position_convolutions_equal_a_naive_loop(T, taps):
                 for group in (slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 12)):
                     naive[:, t, group] += x[:, heard, group] @ weight[group, :, tap].T
     assert_close([conv_direct(x, weight, groups=4), conv_by_fft(x, weight, groups=4)], [naive, naive])
+
+def test_the_faster_position_convolution_is_asked_for_once_also_by_a_compiler(monkeypatch):
+    x, weight, slow, count = torch.randn(1, 40, 12), torch.randn(12, 3, 16), conv_direct, Counter()
+    def slower(x, weight, groups):
+        count["direct"] += 1
+        time.sleep(0.01)
+        return slow(x, weight, groups)
+    monkeypatch.setattr(model, "conv_direct", slower)
+    model.time_convolutions.cache_clear()
+    shape, before = (12, 4, 16, x.device, x.dtype), torch.get_rng_state()
+    def chosen(x):
+        return x + (1 if model.faster_convolution(*shape) == "fft" else 0)
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        assert torch.equal(compiled(x), x + 1)
+    timed = count["direct"]
+    assert timed > 0
+    assert model.faster_convolution(*shape) == "fft"
+    assert count["direct"] == timed
+    assert torch.equal(torch.get_rng_state(), before)   # what is random stays what it would have been
+    for way, expect in (("direct", slow), ("fft", conv_by_fft), ("auto", conv_by_fft)):     # on a CPU
+        monkeypatch.setattr(model, "CONVOLUTION", way)
+        assert torch.equal(model.convolve(x, weight, 4), expect(x, weight, 4))
 
 def test_parameter_counts():
     with torch.device("meta"):
