@@ -23,6 +23,7 @@ from audio import (
     BANDS,
     MELS,
     PATCH_BINS,
+    PATCH_DIM,
     PATCH_FRAMES,
     fbank,
     is_silent,
@@ -70,28 +71,33 @@ class Tokenizer(nn.Module):
 
 
 class RandomProjectionTokenizer(Tokenizer):
-    """code = argmin_k || normalise(W x) - c_k ||, with W and the unit vectors c random (equation 1).
+    """code = argmin_k || W x - c_k ||, with W and c random (equation 1).
 
-    smooth=True (default): x is standardised per mel bin, the columns of W are smooth (4x4 random
-    values, bilinear to 16x16) and the projections are whitened. Codes of white-noise filters
-    (smooth=False, the paper's plain form) are mostly detail that no neighbouring patch predicts.
-    fit_() takes the statistics, which are part of the tokenizer's file.
+    plain: as printed, with 1024 codes of 256 dimensions, W and c of N(0, 1), and nothing normalised.
+    smooth: 8 dimensions; x is standardised per mel bin, the columns of W are smooth (4x4 random values,
+    bilinear to 16x16), the projections are whitened, and they and c are unit vectors. Codes of white-noise
+    filters are mostly detail that no neighbouring patch predicts. fit_() takes the statistics, which are
+    part of the tokenizer's file.
     """
 
-    def __init__(self, n_codes=1024, dim=8, smooth=True, seed=0):
+    def __init__(self, n_codes=1024, dim=0, projection="smooth", seed=0):
         super().__init__()
-        self.config = dict(n_codes=n_codes, dim=dim, smooth=smooth, seed=seed)
+        smooth = projection == "smooth"
+        dim = dim or (8 if smooth else 256)
+        self.config = dict(n_codes=n_codes, dim=dim, projection=projection, seed=seed)
         self.n_codes, self.smooth = n_codes, smooth
 
-        patch = (PATCH_FRAMES, PATCH_BINS)
         random = torch.Generator().manual_seed(seed)  # its own: never the global seed
-        filters = torch.randn(dim, 1, *((4, 4) if smooth else patch), generator=random)
-        # leaves those of that size alone
-        filters = F.interpolate(filters, patch, mode="bilinear")
-        codebook = torch.randn(n_codes, dim, generator=random)
+        if smooth:
+            filters = torch.randn(dim, 1, 4, 4, generator=random)
+            filters = F.interpolate(filters, (PATCH_FRAMES, PATCH_BINS), mode="bilinear")
+            codebook = F.normalize(torch.randn(n_codes, dim, generator=random), dim=-1)
+        else:
+            filters = torch.randn(dim, PATCH_DIM, generator=random)
+            codebook = torch.randn(n_codes, dim, generator=random)
 
         self.register_buffer("filters", filters.flatten(1).T.contiguous())  # (256, dim)
-        self.register_buffer("codebook", F.normalize(codebook, dim=-1))     # (K, dim)
+        self.register_buffer("codebook", codebook)                          # (K, dim)
         self.register_buffer("bin_mean", torch.zeros(MELS))
         self.register_buffer("bin_std", torch.ones(MELS))
         self.register_buffer("mean", torch.zeros(dim))
@@ -103,9 +109,11 @@ class RandomProjectionTokenizer(Tokenizer):
 
     def codes(self, features, valid=None):
         with torch.autocast(features.device.type, enabled=False):
-            z = F.normalize((self.project(features) - self.mean) @ self.whiten, dim=-1)
-            # unit vectors: nearest = largest product
-            return (z @ self.codebook.T).argmax(-1)
+            z = self.project(features)
+            if self.smooth:
+                z = F.normalize((z - self.mean) @ self.whiten, dim=-1)
+            # nearest: of |z - c|^2, what differs from code to code
+            return (z @ self.codebook.T - self.codebook.square().sum(1) / 2).argmax(-1)
 
     def vectors(self):
         """Return what each code stands for, (K, dim)."""
@@ -401,7 +409,10 @@ def load_tokenizer(path):
         return official_tokenizer(ckpt, path).eval().requires_grad_(False)
 
     if ckpt["kind"] == "random_projection":
-        tokenizer = RandomProjectionTokenizer(**ckpt["tokenizer"])
+        config = dict(ckpt["tokenizer"])
+        if config.pop("smooth", True) is False:
+            raise CheckpointError(f"{path}: a projection of an earlier version that is gone")
+        tokenizer = RandomProjectionTokenizer(**config)
     elif ckpt["kind"] == "tokenizer":
         tokenizer = SelfDistilledTokenizer(
             Encoder(EncoderConfig(**ckpt["encoder"])), **ckpt["tokenizer"]

@@ -5,7 +5,7 @@ Masked audio modelling: predict the codes of masked patches from the visible qua
     python train_mam.py --data packs/mine           # iteration 1 on yours: random-projection codes
     python train_mam.py --data packs/mine --iter 2  # codes of out/tokenizer_iter2.pt (train_tokenizer.py)
     torchrun --nproc_per_node 8 train_mam.py --iter 2 --data packs/audioset --model base \\
-        --crop_seconds 0 --batch_seconds 5600 --device_seconds 350
+        --crop_seconds 0 --batch_seconds 5600 --device_seconds 700 --eval_every 5000 --save_every 5000
 
 Writes out/mam_iter<k>.pt (the encoder for finetune.py, the teacher for train_tokenizer.py) and .jsonl (the
 log). Watch `valid_loss` against `entropy_given_band`: as long as it is not well below, the model knows which
@@ -45,6 +45,9 @@ from tokenizer import RandomProjectionTokenizer, code_use, count_codes, load_tok
 class Config:
     iter: int = 1                   # 1 = random-projection codes, k = codes of tokenizer_iter<k>.pt
     data: str = ""                  # packs and shares of the seconds, packs/a:0.7,packs/b:0.3; none = toy
+    splits: str = ""                # splits to hear, as in train,test; all; none = not test, eval, valid
+    leave_out: str = ""             # splits or folds never to hear, as in 5
+    projection: str = "smooth"      # smooth | plain: random projection of iteration 1; plain = equation 1
     tokenizer: str = ""             # codes of this file instead, ours or a released Tokenizer_iter*.pt
     init: str = ""                  # start from this encoder, ours or a released one; none = random
     out_dir: str = "out"            # folder of checkpoints and logs
@@ -69,7 +72,8 @@ class Config:
     workers: int = 1                # threads per rank that make batches ahead, 0 = none
     log_every: int = 20             # steps between log lines
     eval_every: int = 250           # steps between validations
-    save_every: int = 250           # steps between checkpoints
+    save_every: int = 250           # steps between checkpoints, of which the last two are kept
+    keep_every: int = 0             # steps between those that are kept for good, 0 = none
     probe: str = ""                 # labelled pack for a frozen linear probe before and after; toy: itself
     resume: bool = False            # continue out/mam_iter<k>.pt
 
@@ -125,7 +129,7 @@ def find_tokenizer(cfg, sounds, ckpt):
     path = cfg.tokenizer or f"{cfg.out_dir}/tokenizer_iter{cfg.iter}.pt"
     if cfg.iter == 1 and not cfg.tokenizer and ckpt is None:
         common.keep_old(path)
-        tokenizer = RandomProjectionTokenizer(seed=cfg.seed)
+        tokenizer = RandomProjectionTokenizer(projection=cfg.projection, seed=cfg.seed)
         tokenizer.fit_([(batch["wav"], batch["lengths"]) for batch in sounds.sample("cpu")])
         common.save_checkpoint(path, **tokenizer.state())  # rank 0's, for all
     typed = f" --data {cfg.data}" if cfg.data else ""
@@ -159,9 +163,11 @@ def main(**flags):
     _, world, device = common.setup(cfg.device, cfg.seed)
     log = common.Log(path)
 
-    # sounds; a twentieth of the recordings is held out
+    # sounds, without those to test by; a twentieth of the recordings is held out
     packs = cfg.data or data.toy_pack(cfg.out_dir)
-    sounds = data.Sounds(packs, cfg.crop_seconds, cfg.batch_seconds, cfg.seed, cfg.workers)
+    sounds = data.Sounds(packs, cfg.crop_seconds, cfg.batch_seconds, cfg.seed, cfg.workers,
+                         cfg.splits, cfg.leave_out)
+    sounds.clips.round_rows = 4 if cfg.compile else 1
     common.same(ckpt, "packs", sounds.ids(), f"{path} was begun on other sounds than {packs}")
 
     # codes to predict; a random projection is cheap, an encoder is not, so its codes are computed once
@@ -169,7 +175,8 @@ def main(**flags):
     tokenizer.to(device)
     common.same(ckpt, "tokenizer", tokenizer.id(), f"{path} was begun with another tokenizer than {source}")
     if not isinstance(tokenizer, RandomProjectionTokenizer):
-        sounds.clips.codes = [data.cached_codes(tokenizer, pack, device) for pack in sounds.packs]
+        for pack in sounds.packs:
+            sounds.clips.codes.append(data.cached_codes(tokenizer, pack, device, cfg.dtype))
 
     # model
     encoder = find_encoder(cfg, sounds, ckpt)

@@ -5,7 +5,7 @@ features (BEATs, section 3.2.2).
     python train_tokenizer.py --data packs/mine --iter 2                        # teacher: out/mam_iter1.pt
     python train_tokenizer.py --data packs/mine --iter 3 --teacher out/x.pt     # a classifier's logits
     torchrun --nproc_per_node 8 train_tokenizer.py --data packs/audioset --iter 2 --preset ssl \\
-        --device_seconds 175
+        --device_seconds 175 --eval_every 5000 --save_every 5000
 
 Writes out/tokenizer_iter<k>.pt, the codes of train_mam.py --iter k, and .jsonl (the log). What the codes are
 worth: python -m tools.report out/tokenizer_iter2.pt --data PACK
@@ -29,8 +29,14 @@ from common import all_sum, autocast, check
 from model import PRESETS, Encoder, EncoderConfig, flops_of, load, recompute_blocks
 from tokenizer import SelfDistilledTokenizer, code_use, count_codes, whitening
 
-# Table 4 of the paper, by teacher; batches in seconds of audio over all devices
+# Table 4 of the paper, by teacher; batches in seconds of audio over all devices. The encoder starts at
+# random. Where this departs from the paper: the target is the teacher's features less their mean, of a
+# classifier the logits of each token; the codebook starts from k-means, leaves out silence, and dead codes
+# are revived.
 PAPER = dict(
+    from_teacher=False,
+    eval_every=5000,
+    save_every=5000,
     batch_seconds=1400.0,
     max_steps=400_000,
     warmup_steps=32_000,
@@ -50,6 +56,8 @@ class Config:
     preset: str = ""                # ssl | sl: the paper's values for a self-supervised or supervised teacher
     iter: int = 2                   # iteration of the tokenizer; its teacher is mam_iter<k-1>.pt
     data: str = ""                  # packs and shares of the seconds, packs/a:0.7,packs/b:0.3; none = toy
+    splits: str = ""                # splits to hear, as in train,test; all; none = not test, eval, valid
+    leave_out: str = ""             # splits or folds never to hear, as in 5
     teacher: str = ""               # another teacher: an encoder, or a classifier for its token logits
     out_dir: str = "out"            # folder of checkpoints and logs
     teacher_layers: str = "last"    # last | mean: what of a pre-trained teacher is distilled
@@ -80,7 +88,8 @@ class Config:
     workers: int = 1                # threads per rank that make batches ahead, 0 = none
     log_every: int = 20             # steps between log lines
     eval_every: int = 250           # steps between validations
-    save_every: int = 250           # steps between checkpoints
+    save_every: int = 250           # steps between checkpoints, of which the last two are kept
+    keep_every: int = 0             # steps between those that are kept for good, 0 = none
     resume: bool = False            # continue out/tokenizer_iter<k>.pt
 
 
@@ -129,11 +138,11 @@ def validate(model, teacher, sounds, cfg, device):
     model.eval()
     sums, counts = {}, torch.zeros(BANDS, cfg.codes, device=device)
     for batch in sounds.held_out(device):
-        inputs, target, _ = prepare(batch, model, teacher, cfg)
+        inputs, target, use = prepare(batch, model, teacher, cfg)
         with autocast(device, cfg.dtype):
             some, codes, _ = losses(model, inputs, target, batch["valid"], cfg.beta)
         common.add_to(sums, some)
-        counts += count_codes(codes.masked_fill(~batch["valid"], -1), cfg.codes)
+        counts += count_codes(codes.masked_fill(~use, -1), cfg.codes)
     model.train()
     values = common.means(sums) | code_use(all_sum(counts))
     floor = values.pop("entropy_given_band")
@@ -218,6 +227,7 @@ def main(**flags):
     common.positive(cfg, "codes", "code_dim", "estimator_blocks", "batch_seconds", "max_steps")
     common.positive(cfg, "log_every", "eval_every", "save_every")
     check(0 <= cfg.disturb <= 1, f"--disturb {cfg.disturb}: a share, from 0 to 1")
+    check(cfg.codes <= 2**16, f"--codes {cfg.codes}: at most 65536, for they are kept in 16 bits")
     _, world, device = common.setup(cfg.device, cfg.seed)
     log = common.Log(path)
 
@@ -229,7 +239,9 @@ def main(**flags):
         f"--teacher_layers {cfg.teacher_layers} is for pre-trained teachers; {source} is a classifier"
     )
     packs = cfg.data or data.toy_pack(cfg.out_dir)
-    sounds = data.Sounds(packs, cfg.crop_seconds, cfg.batch_seconds, cfg.seed, cfg.workers)
+    sounds = data.Sounds(packs, cfg.crop_seconds, cfg.batch_seconds, cfg.seed, cfg.workers,
+                         cfg.splits, cfg.leave_out)
+    sounds.clips.round_rows = 4 if cfg.compile else 1
     common.same(ckpt, "packs", sounds.ids(), f"{path} was begun on other sounds than {packs}")
     common.same(ckpt, "targets", cfg.targets, f"{path} was begun with other --targets than {cfg.targets}")
 
@@ -248,6 +260,8 @@ def main(**flags):
     if not ckpt:
         start(model, teacher, sounds, cfg, device)
     ddp = common.wrap(model, cfg.compile)
+    if cfg.compile:
+        getattr(teacher, "encoder", teacher).compile()
 
     # training
     meter = meter_of(model, teacher, sounds, cfg, device)

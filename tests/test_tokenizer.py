@@ -157,14 +157,21 @@ def test_codes_depend_on_the_clip_alone(kind, request):
     assert torch.equal(state_of(made), before)
     assert torch.equal(torch.get_rng_state(), chance)
 
-@pytest.mark.parametrize("smooth", [True, False])
-def test_projection_codes_equal_a_naive_search(toy, smooth):
+@pytest.mark.parametrize("projection, dim", [("smooth", 8), ("plain", 256)])
+def test_projection_codes_equal_a_naive_search(toy, projection, dim):
     wav = sounds_of(toy, 20)
-    made = fitted(wav, 48000, smooth=smooth)
+    made = fitted(wav, 48000, projection=projection)
+    assert made.codebook.shape == (1024, dim)
     patches, codes = patchify((fbank(wav[:1]) - made.bin_mean) / made.bin_std)[0], made.encode(wav[:1])[0]
     for t in range(0, 48, 7):
         z = (patches[t] @ made.filters - made.mean) @ made.whiten
-        assert codes[t] == (z / z.norm() - made.codebook).norm(dim=-1).argmin()
+        z = z / z.norm() if projection == "smooth" else z               # equation 1 normalises nothing
+        assert codes[t] == (z - made.codebook).norm(dim=-1).argmin()
+
+def test_a_plain_projection_uses_its_codes(toy):
+    wav = sounds_of(toy, 40)
+    made = fitted(wav, 48000, projection="plain")
+    assert len(made.encode(wav).unique()) > 300
 
 def test_projections_are_white_and_a_function_of_their_seed(toy):
     wav = sounds_of(toy, 40)

@@ -64,9 +64,11 @@ def begun(toy, loop, tmp_path_factory):
 
 def test_the_loop_learns(loop, toy):
     out, first, tokenizer = loop
-    assert first["valid_loss"] < log(out / "mam_iter1.jsonl")[1]["loss"] - 0.2
+    losses = [line["loss"] for line in log(out / "mam_iter1.jsonl") if "loss" in line]
+    assert np.mean(losses[-5:]) < losses[0] - 0.3
+    assert {"valid_loss", "valid_accuracy"} <= set(first)
     assert tokenizer["valid_cosine"] > log(out / "tokenizer_iter2.jsonl")[0]["cosine"] + 0.2
-    assert tokenizer["valid_codes_used"] > 20
+    assert log(out / "tokenizer_iter2.jsonl")[-2]["codes_used"] > 12
     assert load(out / "mam_iter2.pt").cfg.fbank_mean == data.Pack(toy).info["fbank_mean"]
 
 def test_released_files_are_starts_teachers_and_tokenizers(official, ragged, tmp_path):
@@ -86,6 +88,15 @@ def test_one_clip_is_enough_to_start(tmp_path, write_wav):
     flags = dict(data=str(tmp_path / "pack"), out_dir=str(tmp_path), max_steps=2)
     assert "valid_loss" not in train_mam.main(**flags, **MAM)               # nothing to hold out
     assert train_tokenizer.main(**flags, **TOKENIZER)["step"] == 2
+
+def test_the_papers_tokenizers_do_not_start_from_their_teacher(loop, toy, tmp_path):
+    flags = dict(data=toy, teacher=f"{loop[0]}/mam_iter1.pt", max_steps=1, lr=1e-9) | TOKENIZER
+    teacher = load(f"{loop[0]}/mam_iter1.pt").state_dict()
+    for preset in ("", "ssl", "sl"):
+        train_tokenizer.main(out_dir=str(tmp_path), preset=preset, crop_seconds=2.56, **flags)
+        model = content(tmp_path / "tokenizer_iter2.pt")["model"]
+        same = torch.allclose(model["encoder.patch.weight"], teacher["patch.weight"], atol=1e-6)
+        assert same == (preset == "")
 
 # ---- stopping and resuming
 
@@ -147,7 +158,8 @@ def test_resuming_what_does_not_fit_is_refused(script, change, message, begun, t
 @pytest.mark.parametrize("script, flags, message", [
     (train_mam, dict(resume=True), "mam_iter1.pt: no such checkpoint"),
     (train_mam, dict(iter=2), "tokenizer_iter2.pt: .* it with: python train_tokenizer.py --iter 2 --data"),
-    (train_tokenizer, {}, "mam_iter1.pt: .*make it with: python train_mam.py --iter 1 --data")])
+    (train_tokenizer, {}, "mam_iter1.pt: .*make it with: python train_mam.py --iter 1 --data"),
+    (train_tokenizer, dict(codes=70_000), "--codes 70000: at most 65536")])
 def test_mistakes_are_explained(script, flags, message, toy, tmp_path):
     with pytest.raises(UserError, match=message):
         script.main(**dict(data=toy, out_dir=str(tmp_path), device="cpu") | flags)
@@ -261,29 +273,6 @@ def test_no_rank_aborts_when_its_work_is_done(toy, tmp_path):
         process = torchrun(2, "train_mam.py", *flags)
         error = process.communicate(timeout=120)[1]
         assert process.returncode == 0, error
-
-# ---- the recipe of all iterations
-
-@pytest.mark.slow
-def test_the_recipe_goes_on_where_it_stopped(ragged, tmp_path):
-    small = "--batch_seconds 8 --max_steps 2 --warmup_steps 1 --device cpu"
-    environment = os.environ | dict(
-        OUT=str(tmp_path), MAM=small, TOKENIZER=f"{small} --codes 32 --code_dim 8", FINETUNE=small,
-        OMP_NUM_THREADS="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    def run(**more):
-        return subprocess.run(["runs/iterations.sh", ragged, ragged, "2"], cwd=ROOT, env=environment | more,
-                              capture_output=True, text=True, timeout=600)
-    assert "--max_steps 0: has to be above 0" in run(FINETUNE="--max_steps 0").stderr
-    ckpt = content(tmp_path / "mam_iter3.pt")
-    torch.save(ckpt | dict(step=1), tmp_path / "mam_iter3.pt")          # as if interrupted
-    done = run()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"^\+ python (\S+) .*--resume$", done.stdout, re.M) == ["train_mam.py"]
-    assert content(tmp_path / "mam_iter3.pt")["step"] == 2
-    assert content(tmp_path / "plus/tokenizer_iter3.pt")["tokenizer"]["target_width"] == 2      # class logits
-    assert len(json.loads((tmp_path / "report.json").read_text())["tokenizers"]) == 6
-    for probe in (" linear", ""):
-        assert done.stdout.count(f"{ragged}{probe} fold 2: accuracy") == 5
 
 if __name__ == "__main__":
     out, begun, toy, ragged = sys.argv[1:]
