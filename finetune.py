@@ -356,7 +356,7 @@ def finetune(cfg, flags, pack, split, stem, labels, several):
         seed = common.seed_step(cfg.seed, step)
         lr = common.set_lr(optimizer, cfg, step, "cosine")
         batch = next(batches)
-        targets = labels[recording[batch["clip"]]]
+        targets = labels[recording[batch["clip"].numpy()]]
         parts, full = parts_of(batch, targets, cfg, seed, device)
         count = all_sum(torch.full((), float(len(batch["wav"])), device=device))
 
