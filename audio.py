@@ -5,7 +5,7 @@ From a sound file to the patches that the model sees.
     fbank                       waveform -> log-mel filter bank, number for number Kaldi's
     patchify                    filter bank -> 16 x 16 patches, one token each
     valid_tokens                which tokens of a zero-padded batch are real
-    windows, rows_of            long recordings; where tokens stand in time and frequency
+    windows, chunks, rows_of    long recordings; where tokens stand in time and frequency
 
 A token is one of 8 bands of 160 ms. Tokens are numbered time-major: token = row * 8 + band.
 Letters in shape comments: B clips, n samples, N frames, R patch rows, T tokens.
@@ -324,6 +324,17 @@ def windows(wav, seconds=10.0, hop=5.0):
     padded = F.pad(wav, (0, max(0, int(starts[-1]) + size - len(wav))))
     cut = padded.unfold(0, size, step)[:, : int(lengths.max())]  # a view, also of a day
     return cut, lengths, starts
+
+
+def chunks(wav, rows=62):
+    """Cut (B, n) into parts of some so many patch rows (62: 9.9 s) that overlap by 15 ms.
+
+    So their tokens, end to end, stand where those of the whole do.
+    """
+    total = max(1, rows_in(wav.shape[1]))
+    parts = max(1, round(total / rows))
+    bounds = [total * part // parts for part in range(parts + 1)]
+    return [wav[:, first * ROW : samples_of(last)] for first, last in zip(bounds, bounds[1:])]
 
 
 # -----------------------------------------------------------------------------

@@ -42,8 +42,8 @@ from recipes.packs import Pack, hold_out, in_order, may_train, open_packs, write
 
 RUN = 500  # clips in a file of codes: what a killed job does again
 
-# seconds of a pack that are never trained on, and of all packs that each evaluation hears
-HELD_OUT, EVALUATED = 4000, 600
+HELD_OUT = 4000  # seconds of a pack that are never trained on, at most
+EVALUATED = 10  # steps: an evaluation hears no more than they do, so that it costs little beside 250
 
 # -----------------------------------------------------------------------------
 # clips and batches
@@ -317,7 +317,7 @@ class Sounds:
             clips = first + np.flatnonzero(heard)
             held = hold_out(recording[heard], pack.samples[heard], seconds=HELD_OUT, seed=seed)
             self.train.append(clips[~held])
-            self.valid.append(self.some(clips[held], EVALUATED / len(self.packs)))
+            self.valid.append(self.some(clips[held], EVALUATED * batch_seconds / len(self.packs)))
             check(
                 len(self.train[-1]),
                 f"{pack.path}: every clip is of a split that is not for training "
@@ -333,7 +333,7 @@ class Sounds:
     def __str__(self):
         train, valid = sum(map(len, self.train)), sum(map(len, self.valid))
         names = [f"{count} of {name}" for name, count in sorted(self.left_out.items())]
-        text = f"{train} clips to train on, {valid} held out, left out: {', '.join(names) or 'none'}"
+        text = f"{train} clips to train on, {valid} to evaluate on, left out: {', '.join(names) or 'none'}"
         if self.folds and not self.left_out:
             text += f" (all folds are heard, {', '.join(sorted(self.folds))}; see --leave_out)"
         return text

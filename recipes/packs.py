@@ -523,7 +523,7 @@ def main(doc, argv=None):
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, text, run):
         added = commands.add_parser(name, help=text.splitlines()[0], description=text)

@@ -296,6 +296,11 @@ def test_statistics_follow_the_shares_of_a_mixture(tmp_path):
     assert stats["fbank_mean"] == pytest.approx(values.mean().item(), abs=0.2)
     assert stats["fbank_std"] == pytest.approx(values.std().item(), abs=0.1)       # not 1.2 of either pack
 
+def test_an_evaluation_hears_no_more_than_ten_steps(toy):
+    sounds = Sounds(toy, 0.0, 0.5)          # crops of 3 s
+    assert sum(map(len, sounds.valid)) == 2
+    assert sum(map(len, Sounds(toy, 0.0, 20.0).valid)) == 3
+
 def test_what_is_held_out_is_bounded_in_seconds():
     recording, samples = np.repeat(np.arange(2000), 360), np.full(720_000, 160_000)         # hours
     held = data.hold_out(recording, samples, seconds=4000)

@@ -94,10 +94,9 @@ def test_x_ares_finds_an_encoder(random_encoder, checkpoint, monkeypatch):
     assert (encoder.sampling_rate, encoder.output_dim, encoder.hop_size_in_ms) == (16000, 32, 20)
     long = 0.1 * torch.randn(2, 60 * 16000)
     x = encoder(long)
-    assert x.shape == (2, 6 * 496, 32)
-    piece = random_encoder.features(long[:, 160000:320000])[0]
-    assert torch.allclose(x[:, 496:992], piece, atol=3e-3)          # rounding of quiet bins, amplified
-    assert encoder(long[:, :160001]).shape == (2, 496, 32)          # one sample more is no piece of its own
+    assert x.shape == (2, num_tokens(60 * 16000), 32)
+    chunk = random_encoder.features(long[:, 62 * 2560 : 124 * 2560 + 240])[0]
+    assert torch.allclose(x[:, 496:992], chunk, atol=3e-3)          # rounding of quiet bins, amplified
 
 @pytest.mark.parametrize("sounds, seconds", [(16, 2.0), (8, 3.74), (1, 25.0), (2, 0.1)])
 def test_hear_s_contract(checkpoint, sounds, seconds):
@@ -114,17 +113,33 @@ def test_hear_s_contract(checkpoint, sounds, seconds):
     assert (times.diff() == 40).all()                                   # milliseconds
     assert seconds * 1000 - 250 < times.max() <= max(seconds * 1000, 87.5)
 
-def test_hear_s_timestamps_are_where_the_sound_is():
-    """A click moves the embeddings whose 175 ms hold it. Seen by the filter bank, for attention would mix."""
-    class Energy(torch.nn.Module):
-        def features(self, wav):
-            return patchify(fbank(wav)).mean(-1, keepdim=True), None
-    audio, click = torch.zeros(1, 16000 * 12), 10.5         # seconds, in the second chunk
-    audio[0, int(click * 16000)] = 1
-    x, times = hear_beats.get_timestamp_embeddings(audio, Energy())
+class Energy(torch.nn.Module):
+    """An encoder by which a click moves only the tokens whose 175 ms hold it: attention would mix."""
+    def features(self, wav):
+        return patchify(fbank(wav)).mean(-1, keepdim=True), None
+
+@pytest.fixture
+def click():
+    """A minute with a click after 35 s, in the fourth of six chunks."""
+    audio = torch.zeros(1, 60 * 16000)
+    audio[0, 35 * 16000] = 1
+    return audio
+
+def test_hear_s_timestamps_are_where_the_sound_is(click):
+    x, times = hear_beats.get_timestamp_embeddings(click, Energy())
     moved = times[0, (x[0, :, 0] > x[0].min() + 0.1)]
-    assert (moved - click * 1000).abs().max() <= 87.5 + 1
+    assert (moved - 35_000).abs().max() <= 87.5 + 1
     assert len(moved) in (4, 5)
+
+def test_x_ares_s_tokens_are_where_the_sound_is(click, checkpoint, monkeypatch):
+    monkeypatch.setenv("BEATS_CHECKPOINT", checkpoint)
+    from tools import xares_encoder
+    encoder = xares_encoder.BeatsEncoder()
+    encoder.model = Energy()
+    x = encoder(click)[0, :, 0]
+    moved = (x > x.min() + 0.1).nonzero()[:, 0] * encoder.hop_size_in_ms        # begin of each token's 20 ms
+    assert len(moved) in (8, 16)
+    assert (moved // 160 * 160 + 87.5 - 35_000).abs().max() <= 87.5 + 1
 
 # ---- bench.py
 

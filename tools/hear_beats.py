@@ -11,11 +11,10 @@ later than the one before; an embedding is the mean over the 8 bands of one row,
 import torch
 import torch.nn.functional as F
 
-from audio import BANDS, MIN_SAMPLES, ROW, SAMPLE_RATE, rows_in, samples_of
+from audio import BANDS, MIN_SAMPLES, ROW, SAMPLE_RATE, chunks
 from common import check
 from model import load_encoder
 
-CHUNK = 62  # rows that the encoder hears at a time, 9.9 s
 STEP = 640  # samples from one embedding to the next
 
 
@@ -34,12 +33,9 @@ def load_model(model_file_path=""):
 
 @torch.no_grad()
 def rows(audio, model):
-    """(B, n) -> (B, R, D): mean over bands of every patch row, in chunks that overlap by 15 ms."""
-    count = max(1, rows_in(audio.shape[1]))
+    """(B, n) -> (B, R, D): mean over bands of every patch row."""
     parts = []
-    for first in range(0, count, CHUNK):
-        last = min(first + CHUNK, count)
-        chunk = audio[:, first * ROW : samples_of(last)]
+    for chunk in chunks(audio):
         x, _ = model.features(chunk)
         parts.append(x.unflatten(1, (-1, BANDS)).mean(2))
     return torch.cat(parts, 1)
