@@ -67,7 +67,9 @@ def task_of(cfg, pack):
     if several:
         text = f"mAP, for {(count > 1).sum()} of {len(used)} recordings have several labels"
     else:
-        text = f"accuracy, for no recording has several labels; {len(bare)} without one are left out"
+        text = "accuracy, for no recording has several labels"
+        if len(bare):
+            text += f"; {len(bare)} without one are left out"
         for fold in splits:
             splits[fold] = tuple(np.setdiff1d(part, bare) for part in splits[fold])
     if not common.rank():
