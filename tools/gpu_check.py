@@ -52,8 +52,10 @@ MEMORY = {
 
 def distance(x, reference):
     """Return the largest difference, as a share of the reference's largest value."""
-    x, reference = x.double().cpu(), reference.double().cpu()
-    return ((x - reference).abs().max() / reference.abs().max()).item()
+    x = x.double().cpu()
+    reference = reference.double().cpu()
+    difference = (x - reference).abs().max()
+    return (difference / reference.abs().max()).item()
 
 
 def below(name, value, most):
@@ -134,15 +136,19 @@ def attend(way, inputs, key_bias, backward):
 def front_end(cfg, device):
     """The filter bank is that of a CPU, as power beside the loudest of its frame."""
     wav = 0.1 * torch.randn(4, 160_000, generator=torch.Generator().manual_seed(0))
-    ours, expected = fbank(wav.to(device)).cpu().exp(), fbank(wav).exp()
-    difference = (ours - expected).abs() / expected.amax(-1, keepdim=True)
+    ours = fbank(wav.to(device)).cpu().exp()
+    expected = fbank(wav).exp()
+    peak = expected.amax(-1, keepdim=True)
+    difference = (ours - expected).abs() / peak
     yield below("fbank", difference.max().item(), 1e-4)
 
 
 def convolution(cfg, device):
     """The position convolution gives the same in its two ways; the milliseconds of each, forward."""
-    x, weight = torch.randn(16, 496, 768, device=device), torch.randn(768, 48, 128, device=device)
-    results, times = [], {}
+    x = torch.randn(16, 496, 768, device=device)
+    weight = torch.randn(768, 48, 128, device=device)
+    results = []
+    times = {}
     for way in (model.conv_direct, model.conv_by_fft):
         results.append(way(x, weight, 16))
         wait(device)
@@ -167,8 +173,9 @@ def learning(cfg, device):
 
         step, net = training_step(name, "tiny", device, "auto")
         values = [step().item() for _ in range(30)]
-        passed = math.isfinite(values[-1]) and values[-1] < 0.9 * values[0]
-        yield f"{name} learns", passed, dict(first=values[0], last=values[-1])
+        first, last = values[0], values[-1]
+        passed = math.isfinite(last) and last < 0.9 * first
+        yield f"{name} learns", passed, dict(first=first, last=last)
 
 
 def waiting(cfg, device):
@@ -240,8 +247,9 @@ def ranks(cfg, device):
         for count in counts:
             out = f"{folder}/{count}"
             launch = f"-m torch.distributed.run --standalone --nproc_per_node {count} train_mam.py"
-            flags = f"--data {folder}/toy --out_dir {out} --device {device.type} --dtype float32 --max_steps 3"
-            command = [sys.executable, *launch.split(), *flags.split(), "--log_every", "1"]
+            flags = f"--data {folder}/toy --out_dir {out} --device {device.type}"
+            flags += " --dtype float32 --max_steps 3 --log_every 1"
+            command = [sys.executable, *launch.split(), *flags.split()]
             if count > 1:  # a projection is fitted to what rank 0 hears
                 command += ["--tokenizer", f"{folder}/1/tokenizer_iter1.pt"]
             environment = os.environ | dict(OMP_NUM_THREADS="1")
