@@ -428,7 +428,8 @@ class Stop:
     """
 
     def __init__(self):
-        self.signal, self.due, self.asked = 0, 0, (0, time.perf_counter())
+        self.signal, self.due = 0, 0
+        self.last, self.began = None, time.perf_counter()  # step and time of the last question
         self.old = {
             number: signal.signal(number, self.catch)
             for number in (signal.SIGTERM, signal.SIGINT)
@@ -445,12 +446,15 @@ class Stop:
             return self.signal > 0
         if step < self.due:
             return False
-        last, began = self.asked
-        self.asked = step, time.perf_counter()
-        mine = torch.tensor([self.signal, self.asked[1] - began], device=device)
-        signals, seconds = all_sum(mine).tolist()  # the same on all ranks, and so is what follows
-        per_step = seconds / world() / max(1, step - last)
+        now = time.perf_counter()
+        answer = torch.tensor([self.signal, now - self.began], device=device)
+        signals, seconds = all_sum(answer).tolist()  # the same on all ranks, and so is what follows
+
+        # a run that is resumed begins at any step: until the second question one has gone by
+        steps = step - self.last if self.last else 1
+        per_step = seconds / world() / steps
         self.due = step + min(100, max(1, int(2 / per_step)))
+        self.last, self.began = step, now
         return signals > 0
 
     def close(self):

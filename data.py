@@ -403,11 +403,9 @@ class Sounds:
 def cached_codes(tokenizer, pack, device, dtype="auto"):
     """Return the codes of a pack, computed by all ranks where they are not there yet.
 
-    In bfloat16 where the machine is fast at it, which changes one code in two hundred.
-
-    A list of mapped arrays, each of RUN clips, (clips, T of the longest) uint16. They lie beside the audio in
-    codes-<hash of tokenizer and sounds>, in files that are whole or absent: a killed job goes on, and two
-    jobs at once write the same.
+    dtype: as in autocast; bfloat16 changes one code in two hundred. A list of mapped arrays, each of RUN
+    clips, (clips, T of the longest) uint16. They lie beside the audio in codes-<hash of tokenizer and
+    sounds>, in files that are whole or absent: a killed job goes on, and two jobs at once write the same.
     """
     key = hashlib.sha256(f"{tokenizer.id()} {pack.info['id']}".encode()).hexdigest()[:16]
     folder = pack.path / f"codes-{key}"
@@ -446,7 +444,7 @@ def codes_of(tokenizer, pack, clips, device, dtype):
     for batch in walk(pack, batches, device, text):
         with autocast(device, dtype):
             some = tokenizer.encode(batch["wav"], batch["lengths"]).clamp(min=0).cpu()
-        codes[batch["clip"].cpu() - clips[0], : some.shape[1]] = some
+        codes[batch["clip"].cpu().numpy() - clips[0], : some.shape[1]] = some
     return codes
 
 

@@ -72,6 +72,8 @@ def task_of(cfg, pack):
             text += f"; {len(bare)} without one are left out"
         for fold in splits:
             splits[fold] = tuple(np.setdiff1d(part, bare) for part in splits[fold])
+            train, _, test = splits[fold]
+            check(len(train) and len(test), f"{pack.path}: nothing in train, or in test, has a label")
     if not common.rank():
         print(f"{pack.path}: {text}")
     return splits, labels, several

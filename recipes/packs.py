@@ -144,6 +144,7 @@ def exclude(rows, path):
         names = set(map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--exclude {path}: cannot be read ({error})") from None
+    names.discard("")
     unseen = set(names)
     for row in rows:
         file = Path(row["path"])

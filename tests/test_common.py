@@ -134,6 +134,18 @@ def test_ranks_ask_each_other_every_two_seconds_or_every_slow_step(seconds, step
     stop.close()
     assert asked == list(steps)
 
+def test_a_resumed_run_of_slow_steps_is_asked_from_its_first_step_on(monkeypatch):
+    clock, asked = [0.0], []
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common, "all_sum", lambda x: asked.append(step) or 2 * x)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    stop = common.Stop()
+    for step in range(100_001, 100_006):
+        clock[0] += 4.0
+        assert not stop.now(step, CPU)
+    stop.close()
+    assert asked == list(range(100_001, 100_006))
+
 def test_a_first_signal_asks_to_stop_and_a_second_ends_at_once():
     before, stop = signal.getsignal(signal.SIGTERM), common.Stop()
     try:

@@ -76,6 +76,12 @@ def test_a_recording_without_a_label_is_left_out_and_said(tmp_path, capsys):
     assert "no recording has several labels; 2 without one are left out" in capsys.readouterr().out
     assert len(np.load(tmp_path / "knn_pack.npz")["paths"]) == 8
 
+def test_a_split_of_which_nothing_has_a_label_is_refused(tmp_path):
+    rows = [row_of(0, "a", "train"), row_of(1, "b", "train"), row_of(2, split="test")]
+    data.write_pack(tmp_path / "pack", rows, lambda row: np.linspace(-1, 1, 8000)**3)
+    with pytest.raises(UserError, match="nothing in train, or in test, has a label"):
+        evaluate.main(data=f"{tmp_path}/pack", model="micro", device="cpu", out_dir=str(tmp_path))
+
 # ---- recordings that were cut
 
 @pytest.fixture(scope="module")
