@@ -334,7 +334,8 @@ def test_micro_batches_are_bounded_and_cut_to_their_longest_clip(ragged):
 
 @pytest.fixture
 def pack(ragged, tmp_path):
-    return Pack(shutil.copytree(ragged, tmp_path / "pack"))
+    without_codes = shutil.ignore_patterns("codes-*")      # of other tests
+    return Pack(shutil.copytree(ragged, tmp_path / "pack", ignore=without_codes))
 
 def test_codes_are_those_of_each_clip_alone_and_crops_belong_to_them(pack, distilled):
     clips = Clips([pack], crop=samples_of(4))
