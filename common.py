@@ -17,8 +17,11 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 import timeit
+import weakref
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +58,7 @@ def parse(Config, doc, argv=None):
 
     Returns a dict of the flags typed.
     """
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
+    comments = comments_of(Config)
     parser = argparse.ArgumentParser(
         description=doc,
         usage="%(prog)s [--flag value ...]",
@@ -70,8 +73,7 @@ def parse(Config, doc, argv=None):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = type(field.default)
-            if choices := re.match(r"((?:\w+ \| )+\w+)", comment):
-                options["choices"] = choices[1].split(" | ")
+            options["choices"] = choices_of(comment)
 
         names = [f"--{field.name}"]
         if "_" in field.name:
@@ -80,29 +82,89 @@ def parse(Config, doc, argv=None):
     return vars(parser.parse_args(argv))
 
 
+def comments_of(Config):
+    """Return {field: the comment behind it}."""
+    return dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
+
+
+def choices_of(comment):
+    """Return the words that a comment begins with, as in "auto | cpu | cuda", or None."""
+    words = re.match(r"((?:\w+ \| )+\w+)", comment)
+    return words[1].split(" | ") if words else None
+
+
+# numbers that flags may have: not below 0 (or the default, as -1), and in these sets
+ABOVE_ZERO = """iter batch_seconds max_steps lr head_lr lr_decay clip codes code_dim estimator_blocks
+    log_every eval_every save_every mask_ratio window top seconds minutes runs draws bootstraps
+    figure_copies"""
+BELOW_ONE = "mask_ratio dropout layerdrop patchout smoothing valid_share decay"
+UP_TO_ONE = "disturb spec_augment lr_decay grad_decay"
+OF_ANY_SIGN = "fbank_mean"
+
+
+def check_flags(cfg):
+    """Raise UserError if a field holds a number out of its range, or a word that is no choice."""
+    comments = comments_of(type(cfg))
+    for field in dataclasses.fields(cfg):
+        name, value = field.name, getattr(cfg, field.name)
+        choices = choices_of(comments.get(name, ""))
+        if choices and name != "model":  # a program that adds a size may use it
+            check(
+                value in [*choices, field.default],
+                f"--{name} {value}: choose one of {', '.join(choices)}"
+            )
+        if type(field.default) in (int, float):
+            check_number(name, value, field.default)
+
+
+def check_number(name, value, default):
+    where = f"--{name} {value}"
+    check(math.isfinite(value), f"{where}: has to be a finite number")
+    if name not in OF_ANY_SIGN.split():
+        least = min(0, default)
+        check(value >= least, f"{where}: has to be at least {least}")
+    if name in ABOVE_ZERO.split():
+        check(value > 0, f"{where}: has to be above 0")
+    if name in BELOW_ONE.split():
+        check(value < 1, f"{where}: a share, has to be below 1")
+    if name in UP_TO_ONE.split():
+        check(value <= 1, f"{where}: a share, has to be at most 1")
+
+
+def mean_and_std(text):
+    """Return the two numbers of --fbank, or None where it is empty."""
+    if not text:
+        return None
+    try:
+        mean, std = map(float, text.split(","))
+    except ValueError:
+        mean = std = 0.0
+    check(
+        abs(mean) < 1e3 and 0 < std < 1e3,
+        f"--fbank {text}: give mean,std as in 15.41663,6.55582"
+    )
+    return mean, std
+
+
 def run(main, Config, doc):
     """Call main with the flags typed.
 
-    A user's mistake ends in one line on stderr, anything else in a traceback.
+    A user's mistake, or a full disk, ends in one line on stderr, anything else in a traceback.
     """
     flags = parse(Config, doc)
     message = None
     try:
         main(**flags)
-    except UserError as error:
+    except (UserError, OSError) as error:
         message = f"error: {error}"
+    except torch.OutOfMemoryError:
+        message = "error: the device's memory is full; --recompute and less --device_seconds need less"
     except KeyboardInterrupt:
         message = "interrupted; the last checkpoint, if any, is whole"
     except SystemExit as stop:
         message = stop.code
     leave()  # not in a `finally`: there the exception still holds main's model, which holds the group
     sys.exit(message)
-
-
-def positive(cfg, *names):
-    """Raise UserError unless these fields are above zero."""
-    for name in names:
-        check(getattr(cfg, name) > 0, f"--{name} {getattr(cfg, name)}: has to be above 0")
 
 
 # -----------------------------------------------------------------------------
@@ -117,7 +179,6 @@ def setup(device="auto", seed=0):
         torch.cuda.is_available() or not device.startswith("cuda"),
         f"--device {device}: this torch sees no GPU; use --device cpu"
     )
-    check(seed >= 0, f"--seed {seed}: seeds are not negative")
 
     ranks = "RANK" in os.environ  # torchrun sets it
     if ranks and device == "cuda":
@@ -175,6 +236,45 @@ def barrier():
         dist.barrier()
 
 
+class Lock:
+    """Keep other processes from writing under a path as long as this object, or its process, lives.
+
+    On rank 0. The same process may ask again. Where a disk knows no locks, or the system none (Windows),
+    nothing is kept.
+    """
+
+    held = weakref.WeakValueDictionary()  # path -> what a Lock keeps open
+
+    def __init__(self, path):
+        path = Path(path).absolute()
+        self.file = self.held.get(path)
+        if self.file or rank():
+            return
+        try:
+            import fcntl
+        except ImportError:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.held[path] = LockFile(path.with_name(f".{path.name}.lock"))
+        try:
+            fcntl.flock(self.file.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            del self.held[path]
+            raise UserError(
+                f"{path}: another process is writing it; wait for its end, or choose another name or folder"
+            ) from None
+        except OSError:
+            pass
+
+
+class LockFile:
+    def __init__(self, path):
+        self.number = os.open(path, os.O_CREAT | os.O_RDWR)
+
+    def __del__(self):
+        os.close(self.number)
+
+
 def autocast(device, dtype="auto"):
     """Compute in bfloat16 where the machine is fast at it (GPU, AMX, AVX-512 BF16), else in float32.
 
@@ -195,7 +295,7 @@ def seed_step(seed, step):
     So a resumed run draws what it would have drawn.
     """
     words = np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)
-    number = int(words[0] >> 1)
+    number = int(words[0]) >> 1
     torch.manual_seed(number)
     return number
 
@@ -246,13 +346,35 @@ def make_optimizer(
         if parameter.requires_grad:
             matrix = parameter.dim() > 1 and name.endswith(("weight", "weight_v"))
             key = (weight_decay if matrix else 0.0, times(name))
-            groups.setdefault(key, []).append(parameter)
+            group = groups.setdefault(key, dict(params=[], names=[]))
+            group["params"].append(parameter)
+            group["names"].append(name)
 
-    groups = [
-        dict(params=params, weight_decay=decay, times=factor)
-        for (decay, factor), params in groups.items()
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    for (decay, factor), group in groups.items():
+        group.update(weight_decay=decay, times=factor)
+    return torch.optim.AdamW(list(groups.values()), lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def moments_of(optimizer):
+    """Return {name of the parameter: its moments and number of steps}; filling these in restores them."""
+    moments = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"]):
+            moments[name] = optimizer.state[parameter]
+    return moments
+
+
+def step_if_finite(optimizer, norm):
+    """Step and clear the gradients; where their norm is not finite, leave weights and moments as they are.
+
+    The gradients are added up by then, so all ranks do the same, and none waits for its device. Returns
+    whether the step was made, a tensor.
+    """
+    finite = norm.isfinite()
+    optimizer.found_inf = (~finite).float()  # fused optimizers do nothing where it is 1
+    optimizer.step()
+    optimizer.zero_grad()
+    return finite
 
 
 def lr_at(step, peak, warmup, total, schedule="linear"):
@@ -279,48 +401,163 @@ def set_lr(optimizer, cfg, step, schedule="linear"):
 # -----------------------------------------------------------------------------
 # checkpoints: a file is whole or absent, and loads without running code from it
 
-FORMAT = 2  # of training state: the names of parameters and their order in the optimizer
+FORMAT = 3  # of training state: the names of parameters
 RESULTS = r"(\.before|\.step\d+)?\.(pt|jsonl|npz|csv)"  # what a run leaves under one name
 
 
-def read_checkpoint(path):
-    """Load on the CPU, never running code from the file. Raises CheckpointError."""
+@contextlib.contextmanager
+def reading(path):
+    """Turn whatever goes wrong with what a file holds into a CheckpointError, one line that names it."""
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from None
-    keys = set(ckpt) if isinstance(ckpt, dict) else set()
-    if "model" not in keys or not keys & {"cfg", "kind"}:
-        raise CheckpointError(
-            f"{path}: not a BEATs checkpoint: it needs 'model' and 'cfg' (official) or 'kind' (ours)"
-        )
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, KeyError):
+            reason = f"{reason} is missing"
+        if not isinstance(error, (UserError, OSError)):
+            reason = f"damaged, edited or of another kind: {reason or type(error).__name__}"
+        raise CheckpointError(f"{path}: {reason}") from None
+
+
+def note(path, text):
+    """Say on stderr, on rank 0, what a file does not say and is assumed."""
+    if rank() == 0:
+        print(f"{path}: {text}", file=sys.stderr)
+
+
+OTHER_FILES = {  # how a file begins that is no checkpoint, and what to do
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself; fetch that with git lfs pull",
+    b"<": "a web page, not the file that it links to; download that",
+    b"\x1f\x8b": "a compressed file; unpack it",
+    b"RIFF": "a sound, not a checkpoint",
+    b"fLaC": "a sound, not a checkpoint",
+    b"\x89HDF": "an HDF5 file (Keras?), not a checkpoint of torch"
+}
+
+
+def check_file(path):
+    """Raise UserError if a file is no checkpoint of torch, or not what was written."""
+    path = Path(path)
+    check(path.exists(), "no such checkpoint")
+    check(path.is_file(), "a folder or a device, not a checkpoint; name the file in it")
+    check(os.access(path, os.R_OK), "no permission to read it")
+    with open(path, "rb") as file:
+        begin = file.read(100)
+    check(begin, "an empty file; copy or download it anew")
+    for other, what in OTHER_FILES.items():
+        check(not begin.lstrip().startswith(other), what)
+    check(
+        begin[8:9] != b"{",
+        "a safetensors file; make a checkpoint of it with "
+        "torch.save(safetensors.torch.load_file(path), 'model.pt')"
+    )
+
+    # torch's own reader does not compare the checksums
+    if begin.startswith(b"PK"):
+        check(zipfile.is_zipfile(path), "its end is missing; copy or download it anew")
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            names = [entry.filename for entry in entries]
+            check(any(name.endswith("data.pkl") for name in names), "a zip file; unpack it")
+            program = any(name.endswith("constants.pkl") for name in names)
+            check(not program, "a TorchScript program; save the state_dict() of its model instead")
+            # all are 0 where torch was told to write none
+            if any(entry.CRC for entry in entries):
+                damaged = archive.testzip()
+                check(damaged is None, f"damaged: {damaged} is not what was written; copy it anew")
+
+
+def check_finite(content, name):
+    """Raise UserError if a tensor somewhere in nested dicts is not finite, or holds nothing."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            check_finite(value, f"{name} {key}")
+    elif isinstance(content, torch.Tensor):
+        strided = content.layout == torch.strided
+        check(strided and not content.is_meta, f"{name}: holds no weights")
+        check(content.isfinite().all(), f"{name}: holds NaN or infinite numbers")
+
+
+def read_checkpoint(path):
+    """Return the dict that a file holds, on the CPU, never running code from it. Raises CheckpointError."""
+    with reading(path):
+        check_file(path)
+        try:
+            ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        except Exception as error:
+            python = re.search(r"GLOBAL (\S+)", str(error))
+            if python:
+                raise UserError(
+                    f"holds Python objects ({python[1]}), perhaps a whole model, whose code is not run; "
+                    "where it was made, save its state_dict() instead"
+                ) from None
+            raise UserError(
+                "not a readable checkpoint: damaged, cut short, or another kind of file"
+            ) from None
+        check(isinstance(ckpt, dict), f"holds a {type(ckpt).__name__}, not a dict of weights")
+        for name in ("model", "optimizer"):
+            check_finite(ckpt.get(name), name)
     return ckpt
+
+
+def load_state(model, state, path):
+    """Do model.load_state_dict(state), or raise CheckpointError."""
+    with reading(path):
+        check_finite(state, "model")
+        own = model.state_dict()
+        for name in own.keys() & state.keys():
+            alike = state[name].is_floating_point() == own[name].is_floating_point()
+            check(alike, f"{name}: is of type {state[name].dtype}")
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"tensors do not fit together: {reason}") from None
+        check_finite(model.state_dict(), "model")
 
 
 def write_whole(path, write):
     """Write a file by write(file), which appears under its name when it is whole and on the disk."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def save_checkpoint(path, **content):
-    """Write a checkpoint, on rank 0."""
+    """Write a checkpoint, on rank 0. Raises UserError where the disk does not take it."""
     if rank() == 0:
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f"{path.name}.*.partial"):  # by a run that was killed
-            left.unlink()
         versions = dict(torch=str(torch.__version__), python=platform.python_version())
         content |= dict(format=FORMAT, world=world(), versions=versions)
-        write_whole(path, lambda file: torch.save(content, file))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f"{path.name}.*.partial"):  # by a run that was killed
+                left.unlink()
+            write_whole(path, lambda file: torch.save(content, file))
+        except (OSError, RuntimeError) as error:
+            # torch says that a position is wrong, and that it is so while it handles a full disk
+            cause = error.__context__ or error
+            reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+            raise UserError(f"{path}: cannot be written ({reason}){what_is_there(path)}") from None
     barrier()
+
+
+def what_is_there(path):
+    """Say which step a checkpoint is of, for messages."""
+    try:
+        step = torch.load(path, map_location="meta", weights_only=True, mmap=True)["step"]
+    except Exception:
+        return ""
+    return f"; what stands there is whole, of step {step}: --resume goes on from it"
 
 
 def second_name(path, name):
@@ -333,17 +570,30 @@ def second_name(path, name):
             shutil.copyfile(path, name)
 
 
-def save_training(path, cfg, optimizer, batch, step, **content):
-    """Write a checkpoint that --resume continues after this step and batch.
+def save_training(path, cfg, optimizer, place, step, **content):
+    """Write a checkpoint that --resume continues after this step, with the batch at this place.
 
     The one before it stays as .before.pt, and every one that --keep_every asks for as .step<number>.pt.
     """
     path = Path(path)
     second_name(path, path.with_suffix(".before.pt"))
-    state = dict(optimizer=optimizer.state_dict(), step=step, place=batch["next"])
+    state = dict(optimizer=moments_of(optimizer), step=step, place=place)
     save_checkpoint(path, config=dataclasses.asdict(cfg), **state, **content)
     if cfg.keep_every and step % cfg.keep_every == 0:
         second_name(path, path.with_suffix(f".step{step}.pt"))
+
+
+# what --resume finds in a checkpoint, beside the model
+TRAINING = dict(
+    config=dict,
+    optimizer=dict,
+    step=int,
+    place=tuple,
+    world=int,
+    owed=bool,
+    probe=float,
+    best=float
+)
 
 
 def begin(Config, flags, name, preset={}):
@@ -352,6 +602,7 @@ def begin(Config, flags, name, preset={}):
     name: of the checkpoint in --out_dir, with fields of cfg in braces.
     """
     cfg = Config(**preset | flags)
+    check_flags(cfg)
     path = f"{cfg.out_dir}/{name.format(**vars(cfg))}.pt"
     check(
         cfg.keep_every % max(1, cfg.save_every) == 0,
@@ -366,18 +617,34 @@ def begin(Config, flags, name, preset={}):
         before = Path(path).with_suffix(".before.pt")
         hint = f"; {before} is the one before: give it this name to go on from there"
         raise CheckpointError(f"{error}{hint if before.exists() else ''}") from None
-    check("optimizer" in ckpt, f"{path}: holds no training state to resume")
-    check(
-        ckpt.get("format") == FORMAT and set(ckpt["config"]) == set(vars(cfg)),
-        f"{path}: begun by another version of this script, which has to finish it; "
-        "to begin anew, leave out --resume"
-    )
-    return Config(**ckpt["config"] | flags), path, ckpt
+    with reading(path):
+        needed = {"optimizer", "config", "step", "place", "world"}
+        check(needed <= set(ckpt), "holds no training state to resume")
+        check(
+            ckpt.get("format") == FORMAT and set(ckpt["config"]) == set(vars(cfg)),
+            "begun by another version of this script, which has to finish it; "
+            "to begin anew, leave out --resume"
+        )
+        check_types(ckpt, TRAINING)
+        check_types(ckpt["config"], {key: type(value) for key, value in vars(cfg).items()})
+        cfg = Config(**ckpt["config"] | flags)
+        check_flags(cfg)
+        epoch, number = ckpt["place"]
+        check(min(ckpt["step"], epoch, number) >= 0, "its step and its place cannot be")
+    return cfg, path, ckpt
+
+
+def check_types(content, types):
+    """Raise UserError if a value that has a type in `types` is of another."""
+    for key in content.keys() & types.keys():
+        value, kind = content[key], types[key]
+        number = kind is float and type(value) is int
+        check(isinstance(value, kind) or number, f"{key} is {value!r:.40}, not a {kind.__name__}")
 
 
 def same(ckpt, key, value, message):
     """Raise UserError(message) if what is resumed had another value of this key."""
-    matches = ckpt is None or ckpt[key] == value
+    matches = ckpt is None or ckpt.get(key) == value
     check(matches, f"{message}; resume with the same, or begin anew without --resume")
 
 
@@ -395,13 +662,16 @@ def restore(cfg, path, ckpt, model, optimizer):
             "other ranks or batches than before: the rest of this epoch is dealt out anew, "
             "so some clips come twice and some not at all"
         )
-    model.load_state_dict(ckpt["model"])
+    load_state(model, ckpt["model"], path)
 
-    # moments from the checkpoint; weight decay and factors as the flags say now
-    now = [(group["weight_decay"], group["times"]) for group in optimizer.param_groups]
-    optimizer.load_state_dict(ckpt["optimizer"])
-    for group, (decay, factor) in zip(optimizer.param_groups, now):
-        group.update(weight_decay=decay, times=factor)
+    # moments from the checkpoint; learning rates and weight decay are as the flags say now
+    parameters = dict(model.named_parameters())
+    with reading(path):
+        for name, moments in moments_of(optimizer).items():
+            for key, value in ckpt["optimizer"][name].items():
+                fits = key == "step" or value.shape == parameters[name].shape
+                check(fits, f"the moments of {name} are of another model")
+                moments[key] = value.to(parameters[name].device)
     return ckpt["step"], tuple(ckpt["place"])
 
 
@@ -430,10 +700,10 @@ class Stop:
     def __init__(self):
         self.signal, self.due = 0, 0
         self.last, self.began = None, time.perf_counter()  # step and time of the last question
-        self.old = {
-            number: signal.signal(number, self.catch)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self.old = {}
+        if threading.current_thread() is threading.main_thread():  # Python gives no other thread signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.old[number] = signal.signal(number, self.catch)
 
     def catch(self, number, frame):
         if self.signal:
@@ -482,11 +752,27 @@ class Log:
         words = [text] if text else []
         if values:
             values["minutes"] = (time.time() - STARTED) / 60
-            with open(self.path, "a") as f:
-                f.write(json.dumps(values) + "\n")
+            # JSON has no NaN, the loss of no steps
+            numbers = {key: None if value != value else value for key, value in values.items()}
+            self.append(json.dumps(numbers) + "\n")
         for key, value in values.items():
             words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
         print("  ".join(words), flush=True)
+
+    def append(self, line):
+        """Write a line, or nothing of it where the disk is full; on a new line after one that was cut."""
+        size = 0
+        try:
+            with open(self.path, "ab+") as file:
+                size = file.tell()
+                file.seek(max(0, size - 1))
+                torn = file.read() not in (b"", b"\n")
+                file.write(b"\n" * torn + line.encode())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            whole = what_is_there(self.path.with_suffix(".pt"))
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}){whole}") from None
 
 
 def progress(first, last):
@@ -525,17 +811,41 @@ class Meter:
     def __init__(self, device, dtype="auto", flops=0.0):
         self.flops = flops
         self.rate = world() * matrix_rate(device, dtype) if rank() == 0 else 1.0
+        self.step, self.skipped_in_a_row = {}, 0
         self.restart()
 
     def restart(self):
         self.sums, self.seconds, self.began = {}, 0.0, time.perf_counter()
+        self.skipped = 0  # steps
 
     def add(self, sums):
-        add_to(self.sums, sums)
+        """Add what a part of a step says of it."""
+        add_to(self.step, sums)
 
-    def heard(self, batch):
-        """Count the audio of a step of this rank."""
+    def heard(self, batch, finite):
+        """Count a step of this rank: its audio, and what it says if it is finite (a tensor), else nothing."""
         self.seconds += batch["seconds"] * world()
+        for name, value in self.step.items():
+            self.sums[name] = self.sums.get(name, 0.0) + torch.where(finite, value, 0.0)
+        self.step = {}
+        self.skipped = self.skipped + ~finite
+        self.skipped_in_a_row = torch.where(finite, 0, self.skipped_in_a_row + 1)
+
+    def check_finite(self, path, batch, names, validate=None):
+        """Raise UserError where it is no use to go on, or to save. Waits for the device.
+
+        That is after 20 skipped steps in a row. After fewer it may be the batches, or the weights, which
+        are finite and yet of no use: then the mean losses over held-out clips, validate(), tell.
+        """
+        row = int(self.skipped_in_a_row)
+        if row < 20 and (not row or validate is None or all(map(math.isfinite, validate().values()))):
+            return
+        heard = names(batch["clip"].cpu().numpy())
+        raise UserError(
+            f"the gradient has not been finite for {row} steps, which were left out; a lower --lr may help, "
+            f"or a look at these {len(heard)} recordings, of which the last step was: "
+            f"{', '.join(heard[:20])}{what_is_there(path)}"
+        )
 
     @contextlib.contextmanager
     def paused(self):
@@ -548,8 +858,10 @@ class Meter:
         """Return the means and the speed, and start anew. This is where the host waits for the device."""
         values = means(self.sums)
         speed = self.seconds / (time.perf_counter() - self.began)
+        speeds = dict(x_realtime=speed, mfu=speed * self.flops / self.rate)
+        skipped = dict(skipped=int(self.skipped))
         self.restart()
-        return values | dict(x_realtime=speed, mfu=speed * self.flops / self.rate)
+        return values | speeds | skipped
 
 
 def matrix_rate(device, dtype="auto", n=None):

@@ -9,9 +9,9 @@ Audio in, batches out. Any collection of sounds becomes a pack: one folder of in
     python data.py check packs/mine                             # every clip against its checksum
 
 A pack: audio-00000.bin ... (clips end to end), index.npy (where each clip is), clips.csv (path, labels,
-split, group of each recording), skipped.csv (with reasons), pack.json (classes, hours, fbank statistics).
-It appears under its name when it is whole; a packing that was stopped or killed goes on where it was when
-the same command is typed again.
+split, group of each recording), skipped.csv (which were left out, and why), notes.csv (what else packing did
+to a recording), pack.json (classes, hours, fbank statistics). It appears under its name when it is whole; a
+packing that was stopped or killed goes on where it was when the same command is typed again.
 """
 
 import hashlib
@@ -57,14 +57,15 @@ class Clips:
     cached_codes returns. round_rows: batches end at a multiple of so many patch rows, or with the
     longest clip of all, so that a compiled model meets few lengths.
 
-    Of a pack it uses samples, read_into, info, index["row"] and len(): sounds that are not packed need
-    a class with these.
+    Of a pack it uses samples, gain, read_into, info, index["row"] and len(): sounds that are not packed
+    need a class with these.
     """
 
     def __init__(self, packs, crop=0):
         self.packs, self.crop, self.codes = packs, crop, []
         self.first = np.cumsum([0] + [len(pack) for pack in packs])
         self.samples = np.concatenate([pack.samples for pack in packs])
+        self.gain = np.concatenate([pack.gain for pack in packs])
         if crop:
             self.samples = np.minimum(self.samples, crop)
         self.round_rows, self.most_rows = 1, rows_in(self.samples.max())
@@ -72,8 +73,9 @@ class Clips:
     def __getitem__(self, items):
         """Return a dict of tensors.
 
-        wav (B, n) int16, zero-padded; lengths (B,) samples; clip (B,) numbers; noise (B, T), uniform
-        numbers of the clip's own, for masks and the like; and codes (B, T), -1 padded, if there are any.
+        wav (B, n) int16, zero-padded; gain (B,), what makes it a sound; lengths (B,) samples; clip (B,)
+        numbers; noise (B, T), uniform numbers of the clip's own, for masks and the like; and codes (B, T),
+        -1 padded, if there are any.
         n ends with the last patch row of the longest clip, or a few later (round_rows): no frame is
         computed that no patch uses.
         """
@@ -94,6 +96,7 @@ class Clips:
             random.random(out=noise[row], dtype=np.float32)
 
         batch = dict(wav=wav, lengths=lengths, clip=numbers, noise=noise)
+        batch["gain"] = self.gain[numbers]
         if self.codes:
             batch["codes"] = codes
         return {name: torch.from_numpy(values) for name, values in batch.items()}
@@ -231,7 +234,7 @@ def load_batches(clips, dealt, workers=1):
 
 
 def to_device(batch, device):
-    """Move a batch without waiting; wav becomes float32 in [-1, 1].
+    """Move a batch without waiting; wav becomes float32, by its gain (without one: that of full scale).
 
     Adds valid (B, T), and mask: valid, or None where no clip has padding that attention need look for.
     """
@@ -241,8 +244,11 @@ def to_device(batch, device):
         name: values.to(device, non_blocking=True) if torch.is_tensor(values) else values
         for name, values in batch.items()
     }
-    wav, valid = batch["wav"].float() / 32768, valid_tokens(batch["lengths"], n)
-    return batch | dict(wav=wav, valid=valid, mask=valid if padded else None)
+    wav, gain = batch["wav"].float(), packs.FULL_SCALE
+    if "gain" in batch:
+        gain = batch["gain"][:, None]
+    valid = valid_tokens(batch["lengths"], n)
+    return batch | dict(wav=wav * gain, valid=valid, mask=valid if padded else None)
 
 
 def split_batch(batch, seconds, round_rows=1):
@@ -346,6 +352,14 @@ class Sounds:
         """Return the mean length of a crop."""
         return self.clips.samples.mean() / SAMPLE_RATE
 
+    def names(self, clips):
+        """Return the paths of the recordings that clips are of, for messages."""
+        names = []
+        for pack, first in zip(self.packs, self.clips.first):
+            own = clips - first
+            names += pack.names(own[(0 <= own) & (own < len(pack))])
+        return names
+
     def fbank_stats(self):
         """Return mean and standard deviation of the filter bank, packs weighted as they are sampled.
 
@@ -353,7 +367,7 @@ class Sounds:
         """
         shares = self.weights
         if shares is None:
-            shares = [pack.info["hours"] for pack in self.packs]
+            shares = [max(pack.info["hours"], 1e-4) for pack in self.packs]
         means = np.array([pack.info["fbank_mean"] for pack in self.packs])
         stds = np.array([pack.info["fbank_std"] for pack in self.packs])
         mean = np.average(means, weights=shares)
@@ -399,15 +413,20 @@ class Sounds:
 # -----------------------------------------------------------------------------
 # codes of a frozen tokenizer, computed once
 
+ANEW = "remove it, it is made again"
+
 
 def cached_codes(tokenizer, pack, device, dtype="auto"):
     """Return the codes of a pack, computed by all ranks where they are not there yet.
 
     dtype: as in autocast; bfloat16 changes one code in two hundred. A list of mapped arrays, each of RUN
-    clips, (clips, T of the longest) uint16. They lie beside the audio in codes-<hash of tokenizer and
+    clips, (clips, T of the longest) uint16. They lie beside the audio in codes-<hash of tokenizer, dtype and
     sounds>, in files that are whole or absent: a killed job goes on, and two jobs at once write the same.
     """
-    key = hashlib.sha256(f"{tokenizer.id()} {pack.info['id']}".encode()).hexdigest()[:16]
+    with autocast(device, dtype):
+        fast = torch.is_autocast_enabled(device.type)
+    origin = f"{tokenizer.id()} {pack.info['id']} {'bfloat16' if fast else 'float32'}"
+    key = hashlib.sha256(origin.encode()).hexdigest()[:16]
     folder = pack.path / f"codes-{key}"
     runs = np.split(np.arange(len(pack)), range(RUN, len(pack), RUN))
     paths = [folder / f"{number:05d}.npy" for number in range(len(runs))]
@@ -415,23 +434,38 @@ def cached_codes(tokenizer, pack, device, dtype="auto"):
         folder.mkdir(exist_ok=True)
         share = np.array_split(range(len(runs)), world())[rank()]  # neighbours, for network disks
         for path, clips in [(paths[i], runs[i]) for i in share]:
-            if not path.exists():
+            if not os.path.lexists(path):
                 codes = codes_of(tokenizer, pack, clips, device, dtype)
                 write_whole(path, lambda file: np.save(file, codes))
+            most = open_codes(path, pack, clips).max()
+            check(
+                most < tokenizer.n_codes,
+                f"{path}: holds code {most}, where there are {tokenizer.n_codes}; {ANEW}"
+            )
     except OSError as error:
         raise UserError(
-            f"{folder}: {error.strerror}; codes are kept beside the audio of a pack, "
+            f"{folder}: {error.strerror or error}; codes are kept beside the audio of a pack, "
             "in a folder that all ranks share and can write to"
         ) from None
     barrier()
-    return [open_codes(path) for path in paths]
+    return [open_codes(path, pack, clips) for path, clips in zip(paths, runs)]
 
 
-def open_codes(path):
+def open_codes(path, pack, clips):
+    """Map the codes of successive clips. Raises UserError unless they can be these."""
+    regular = path.is_file() and not path.is_symlink()
+    check(regular, f"{path}: missing, or a link or a pipe instead of a file; {ANEW}")
     try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: {error}; remove it, it is made again") from None
+        codes = np.load(path, mmap_mode="r").view(np.ndarray)
+    except Exception as error:
+        raise UserError(f"{path}: {error}; {ANEW}") from None
+    longest = int(pack.samples[clips].max())
+    shape = len(clips), num_tokens(longest)
+    check(
+        codes.dtype == np.uint16 and codes.shape == shape,
+        f"{path}: {codes.dtype} of shape {codes.shape} instead of uint16 of {shape}; {ANEW}"
+    )
+    return codes
 
 
 @torch.no_grad()
@@ -453,6 +487,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names may be of any bytes
     try:
         main()
     except UserError as error:

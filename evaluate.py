@@ -15,6 +15,7 @@ Scores are per recording: of the clips that a long one was cut into, features or
 import dataclasses
 import importlib
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ from recipes.packs import splits_of, write_table
 class Config:
     data: str = ""                  # one labelled pack
     init: str = "scratch"           # ours, a released file, scratch, module:function; or a.pt,b.pt
+    cfg: str = ""                   # of a file that says no shape: tiny | base | large, or a .json, a .yaml
+    fbank: str = ""                 # mean and std of the input, as in 15.29130,5.90532; none = the file's
     probe: str = "linear"           # of linear, mlp, knn one or several, as in mlp,knn
     layers: str = "last"            # last | all: the mean of the last layer, or mean and std of all
     ensemble: str = ""              # instead: these fine-tuned files and their mean; {fold} = the fold
@@ -72,8 +75,12 @@ def task_of(cfg, pack):
             text += f"; {len(bare)} without one are left out"
         for fold in splits:
             splits[fold] = tuple(np.setdiff1d(part, bare) for part in splits[fold])
-            train, _, test = splits[fold]
-            check(len(train) and len(test), f"{pack.path}: nothing in train, or in test, has a label")
+    for fold, parts in splits.items():
+        for name, part in zip(("train", "valid", "test"), parts):
+            check(
+                labels.counts[part].any() or name == "valid" and not len(part),
+                f"{pack.path}{f', fold {fold}' if fold else ''}: nothing in {name} has a label"
+            )
     if not common.rank():
         print(f"{pack.path}: {text}")
     return splits, labels, several
@@ -159,14 +166,13 @@ def write_results(stem, pack, test, scores, labels, several, text=""):
         return result
 
     rows = pack.rows()
-    paths = [rows[recording]["path"] for recording in test]
-    np.savez_compressed(
-        f"{stem}.npz",
-        paths=paths,
+    content = dict(
+        paths=[rows[recording]["path"] for recording in test],
         classes=pack.classes,
         targets=targets.numpy(),
         scores=scores.numpy()
     )
+    common.write_whole(Path(f"{stem}.npz"), lambda file: np.savez_compressed(file, **content))
     table = zip(pack.classes, targets.sum(0).tolist(), precision)
     write_table(f"{stem}.csv", ["class", "recordings", "average_precision"], table)
     return result
@@ -232,21 +238,24 @@ class Ensemble(nn.Module):
         return torch.cat(stretched, 1)[0].T
 
 
-def open_encoder(init, model="tiny", info=None):
-    """Open --init: a checkpoint, ours or released; module:function, called for a torch module
-    (wav -> tokens); "scratch"; several by commas."""
+def open_encoder(init, model="tiny", info=None, cfg="", fbank=""):
+    """Open --init: a checkpoint, ours or released; "scratch"; several by commas; or module:function.
+
+    That is imported, which runs its code, and called for a torch module (wav -> tokens). cfg, fbank: as in
+    model.load.
+    """
     if "," in init:
-        return Ensemble([open_encoder(one, model, info) for one in init.split(",")])
+        return Ensemble([open_encoder(one, model, info, cfg, fbank) for one in init.split(",")])
     if init == "scratch":
         statistics = {name: info[name] for name in ("fbank_mean", "fbank_std")}
         return Encoder(dataclasses.replace(PRESETS[model], **statistics))
-    if ":" not in init or Path(init).exists():
-        return load_encoder(init)
+    if Path(init).exists() or not re.fullmatch(r"[a-zA-Z_][\w.]*:[a-zA-Z_]\w*", init):
+        return load_encoder(init, cfg or None, common.mean_and_std(fbank))
     sys.path.append(os.getcwd())
     module, _, function = init.partition(":")
     try:
         return Ensemble([getattr(importlib.import_module(module), function)()])
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise UserError(
             f"--init {init}: {error}; it has to be an importable module and a function in it "
             "that returns a torch module"
@@ -274,6 +283,7 @@ def extract(encoder, pack, recordings, device, dtype="auto", layers="last"):
     encoder.eval()
     text = f"features of {pack.path.name}"
     x = over_recordings(pack, recordings, pooled, device, dtype, text)
+    check(x.isfinite().all(), f"{text}: some are not finite; this encoder is of no use (--dtype float32?)")
     if layers == "all":
         mean, square = x.chunk(2, 1)
         x = torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt()], 1)
@@ -423,11 +433,13 @@ def ensemble(paths, fold, pack, test, device, dtype="auto"):
         check(fits, f"--ensemble {path}: not a classifier of the classes of {pack.path}")
         order = [member.labels.index(name) for name in pack.classes]
         scores[path] = probabilities(member, pack, test, device, dtype)[:, order]
+        check(scores[path].isfinite().all(), f"--ensemble {path}: its probabilities are not finite")
     return scores | dict(ensemble=torch.stack(list(scores.values())).mean(0))
 
 
 def main(**flags):
     cfg = Config(**flags)
+    common.check_flags(cfg)
     check(cfg.data, "--data PACK is missing: a labelled pack, made with python data.py")
     probes = cfg.probe.split(",")
     check(
@@ -444,7 +456,7 @@ def main(**flags):
             "out/finetune_x_fold{fold}.pt, or choose one --fold"
         )
     else:
-        encoder = open_encoder(cfg.init, cfg.model, pack.info).to(device)
+        encoder = open_encoder(cfg.init, cfg.model, pack.info, cfg.cfg, cfg.fbank).to(device)
         frozen = Frozen(encoder, pack, splits, labels, device, cfg.dtype, cfg.layers)
 
     results = {}  # what was tested -> {fold: value}

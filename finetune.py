@@ -13,6 +13,7 @@ averaged. Writes into --out_dir finetune_<pack>[_fold<k>].pt (for model.load), .
 targets, scores of the test recordings) and .csv (per class).
 """
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from evaluate import (
     task_of,
     write_results
 )
-from model import Classifier, Encoder, EncoderConfig, flops_of, random_mask, recompute_blocks
+from model import Classifier, Encoder, flops_of, random_mask, recompute_blocks, unpack
 
 @dataclass
 class Config:
@@ -246,10 +247,10 @@ def lr_times(name, layers, cfg):
     return cfg.lr_decay ** (layers + 1 - layer)
 
 
-def new_classifier(cfg, ckpt, pack):
+def new_classifier(cfg, path, ckpt, pack):
     """Return an untrained head on the encoder of --init, or on one like that to resume from."""
     if ckpt:
-        start = Encoder(EncoderConfig(**ckpt["encoder"]))
+        start = unpack(ckpt, path)[1]
     else:
         start = open_encoder(cfg.init, cfg.model, pack.info)
     check(
@@ -274,8 +275,10 @@ def new_classifier(cfg, ckpt, pack):
 
 
 def judge(model, pack, recordings, labels, several, cfg, device):
-    """Return score and mean loss of recordings."""
+    """Return score and mean loss of recordings; NaN of a model that has no finite answers."""
     p = probabilities(model, pack, recordings, device, cfg.dtype)
+    if not p.isfinite().all():
+        return math.nan, math.nan
     truth = labels[recordings].double()
     if model.multilabel:
         loss = F.binary_cross_entropy(p, truth)
@@ -311,17 +314,17 @@ def finetune(cfg, flags, pack, split, stem, labels, several):
     cfg, ckpt = settle(cfg, flags, pack, valid, stem, several)
     _, world, device = common.setup(cfg.device, cfg.seed)
     path, best_path = f"{stem}.pt", f"{stem}_best.pt"
-    log = common.Log(path)
+    lock, log = common.Lock(path), common.Log(path)
 
     # model
-    model = new_classifier(cfg, ckpt, pack).to(device)
+    model = new_classifier(cfg, path, ckpt, pack).to(device)
     encoder = model.encoder
     recompute_blocks(model, cfg.recompute)
     optimizer = common.make_optimizer(
         model, cfg.lr, cfg.weight_decay, times=lambda name: lr_times(name, encoder.cfg.layers, cfg)
     )
     first, place = common.restore(cfg, path, ckpt, model, optimizer)
-    best = ckpt["best"] if ckpt else -1.0
+    best = ckpt.get("best", -1.0) if ckpt else -1.0
     if not ckpt:
         common.keep_old(best_path)
     ddp = common.wrap(model, cfg.compile)
@@ -337,10 +340,26 @@ def finetune(cfg, flags, pack, split, stem, labels, several):
         drawn = draw(clips, pairs, pack.classes, cfg.balance, key)
         return data.epoch_batches(pack.samples, cfg.batch_seconds * SAMPLE_RATE, key, drawn, world)
 
-    def save(path):
-        content = dict(encoder=dataclasses.asdict(encoder.cfg), model=model.state_dict(), best=best)
+    def save(path, **content):
+        content |= dict(encoder=dataclasses.asdict(encoder.cfg), model=model.state_dict(), best=best)
         content |= dict(labels=pack.classes, multilabel=model.multilabel, pack=pack.info["id"])
-        common.save_training(path, cfg, optimizer, batch, done, kind="classifier", **content)
+        common.save_training(path, cfg, optimizer, place, done, kind="classifier", **content)
+
+    def evaluate():
+        # without a valid split the score on test is shown, never chosen by; at the end it is the result
+        nonlocal best
+        name, shown = ("valid", valid) if len(valid) else ("test", test)
+        value, loss = judge(model, pack, shown, labels, several, cfg, device)
+        values = {f"{name}_score": value, f"{name}_loss": loss}
+        log(step=done, **values)
+        if cfg.best and value > best:
+            best = value
+            save(best_path)
+        return values
+
+    done = first
+    if ckpt and ckpt.get("owed"):  # the evaluation that a signal kept from being made
+        evaluate()
 
     # training; the backward pass costs twice the forward
     samples = pack.samples.mean()
@@ -356,6 +375,7 @@ def finetune(cfg, flags, pack, split, stem, labels, several):
         seed = common.seed_step(cfg.seed, step)
         lr = common.set_lr(optimizer, cfg, step, "cosine")
         batch = next(batches)
+        place = batch["next"]
         targets = labels[recording[batch["clip"].numpy()]]
         parts, full = parts_of(batch, targets, cfg, seed, device)
         count = all_sum(torch.full((), float(len(batch["wav"])), device=device))
@@ -368,28 +388,23 @@ def finetune(cfg, flags, pack, split, stem, labels, several):
             sums = losses(logits.float(), truth, cfg)
             (sums["loss"] * world / count).backward()  # DDP divides by world
             meter.add(sums)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.heard(batch)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        finite = common.step_if_finite(optimizer, norm)
+        meter.heard(batch, finite)
 
         done = step + 1
         stopped = stop.now(done, device)
         last = stopped or done == cfg.max_steps
         if last or done % cfg.log_every == 0:
-            log(step=done, **meter.read(), lr=lr, epoch=batch["next"][0])
+            log(step=done, **meter.read(), lr=lr, epoch=place[0])
+            meter.check_finite(path, batch, pack.names)
         with meter.paused():
-            # without a valid split the score on test is shown, never chosen by; at the end it is the result
-            due = len(valid) if last else done % cfg.eval_every == 0
+            due = len(valid) > 0 if done == cfg.max_steps else done % cfg.eval_every == 0
             if due and not stopped:
-                name, shown = ("valid", valid) if len(valid) else ("test", test)
-                value, loss = judge(model, pack, shown, labels, several, cfg, device)
-                log(step=done, **{f"{name}_score": value, f"{name}_loss": loss})
-                if cfg.best and value > best:
-                    best = value
-                    save(best_path)
+                evaluate()
             if last or done % cfg.save_every == 0:
-                save(path)
+                meter.check_finite(path, batch, pack.names, evaluate)
+                save(path, owed=due and stopped)
         if stopped:
             stop.close()
             log(f"stopped at step {done}, saved in {path}; go on with --resume")
@@ -397,7 +412,7 @@ def finetune(cfg, flags, pack, split, stem, labels, several):
     stop.close()
     if cfg.best:
         chosen = read_checkpoint(best_path)
-        model.load_state_dict(chosen["model"])
+        common.load_state(model, chosen["model"], best_path)
         log(f"{best_path}: step {chosen['step']}, the best on valid with {100 * best:.1f} %")
     return probabilities(model, pack, test, device, cfg.dtype)
 
@@ -407,8 +422,7 @@ def main(**flags):
     check(task in TASKS, f"--task {task}: choose one of {', '.join(TASKS)}")
     cfg = Config(**TASKS[task] | flags)
     check(cfg.data, "--data PACK is missing: a labelled pack, made with python data.py")
-    common.positive(cfg, "batch_seconds", "max_steps", "log_every", "eval_every", "save_every")
-    check(0 <= cfg.patchout < 1, f"--patchout {cfg.patchout}: a share, from 0 to below 1")
+    common.check_flags(cfg)
     pack = data.Pack(cfg.data)
     splits, labels, several = task_of(cfg, pack)
     measure = "mAP" if several else "accuracy"

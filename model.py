@@ -5,7 +5,7 @@ BEATs (Chen et al., 2022): patches of a log-mel filter bank -> transformer.
                           and a gated relative position bias: the released model, number for number
     MaskedAudioModel      encoder + label predictor, for pre-training
     Classifier            encoder + linear head, for fine-tuning
-    load                  any checkpoint, ours or Microsoft's (load_official, export_official)
+    load                  any checkpoint: ours, Microsoft's, ESPnet's (load_official, export_official)
 
 One token is 16 frames (160 ms) of one of 8 frequency bands, numbered time-major: token = row * 8 + band.
 Letters in shape comments: B clips, n samples, T tokens, K kept tokens, M masked tokens, D width, H heads.
@@ -13,10 +13,13 @@ Letters in shape comments: B clips, n samples, T tokens, K kept tokens, M masked
 
 import dataclasses
 import functools
+import json
 import math
+import numbers
 import re
 import timeit
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -25,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from audio import (
     BANDS,
+    FRAME,
     PATCH_BINS,
     PATCH_DIM,
     PATCH_FRAMES,
@@ -33,7 +37,7 @@ from audio import (
     patchify,
     prepare_clips
 )
-from common import CheckpointError, read_checkpoint
+from common import CheckpointError, UserError, check, load_state, note, read_checkpoint, reading
 from recipes.tables import read_classes
 
 @dataclass
@@ -55,6 +59,23 @@ class EncoderConfig:
     grad_decay: float = 1.0         # gradient entering each layer, times this (released "layer-wise decay")
     fbank_mean: float = 15.41663    # AudioSet; features are (fbank - mean) / (2 std)
     fbank_std: float = 6.55582
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            kind = numbers.Integral if field.type is int else numbers.Real
+            number = isinstance(value, kind) and not isinstance(value, bool)
+            check(number and math.isfinite(value), f"{name} is {value!r}, not a number of this kind")
+            least = 1 if field.type is int else 0
+            enough = value >= least or name == "fbank_mean"
+            check(enough, f"{name} is {value}, below {least}")
+            check(value <= 1 or "drop" not in name, f"{name} is {value}, a share above 1")
+        check(self.fbank_std > 0, "fbank_std is 0")
+        check(self.dim % self.heads == 0, f"{self.heads} heads do not divide a width of {self.dim}")
+        check(
+            1 < self.buckets // 4 < self.max_distance,
+            f"{self.buckets} buckets do not fit distances up to {self.max_distance}"
+        )
 
 PRESETS = {
     "tiny": EncoderConfig(
@@ -248,6 +269,8 @@ class Transformer(nn.Module):
         """
         bias = self.position_bias(T or x.shape[1], positions)
         key_bias = key_padding_bias(valid)
+        if key_bias is not None:
+            key_bias = key_bias.to(bias.dtype)
         if fused(x):  # rounded once, not again in every block
             bias = bias.to(dtype_of_products(x))
 
@@ -464,8 +487,9 @@ class Encoder(nn.Module):
         self.transformer = Transformer(cfg, cfg.layers)
 
     def patch_embedding(self, patches):
-        """(B, T, 256) -> (B, T, D)"""
-        return self.input_dropout(self.proj(self.ln_patch(self.patch(patches))))
+        """(B, T, 256) -> (B, T, D), in the dtype of the weights"""
+        x = self.patch(patches.to(self.patch.weight.dtype))
+        return self.input_dropout(self.proj(self.ln_patch(x)))
 
     def forward(self, patches, valid=None, keep=None, all_layers=False):
         """patches: (B, T, 256) normalised; valid: (B, T) True = real, None = all.
@@ -629,61 +653,353 @@ class Classifier(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# checkpoints: ours hold {"kind", "encoder": EncoderConfig as dict, "model", ...}, theirs {"cfg", "model"}
+# checkpoints. Ours hold {"kind", "encoder": EncoderConfig as dict, "model", ...}, Microsoft's {"cfg",
+# "model", ...}; others nest their weights, put words before names, or say nothing of their shape. One way
+# in for all: find the weights, take the words off, read the shape, build, translate names, load strictly.
+
+KINDS = dict(
+    encoder="an encoder",
+    mam="a pre-trained encoder with its label predictor",
+    classifier="a fine-tuned classifier",
+    tokenizer="a tokenizer",
+    random_projection="a tokenizer (random projection)"
+)
+STANDS_ON = dict(  # names of what is on the encoder, in our layout
+    classifier=("head.",),
+    tokenizer=("codebook.", "quantize_layer.", "embed.", "estimator.", "head.", "target_")
+)
+# a name by which a model is known: of Microsoft's encoder, of ours, of a random projection
+KNOWN_BY = re.compile(r"(.*\.|)(patch_embedding\.weight|patch\.weight|bin_mean)")
+WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+OTHER_MODELS = {  # what is in some name of their weights
+    "feature_extractor.conv_layers": "wav2vec 2.0, HuBERT or WavLM",
+    "patch_embed.proj": "an image-like transformer (AST, AudioMAE, ViT)",
+    "exp_avg": "an optimizer without its model"
+}
+SHOWN_BY = {  # field of EncoderConfig -> the weight that shows it, and which of its dimensions
+    "dim": ("ln.weight", 0),
+    "ffn": ("transformer.blocks.0.fc1.weight", 0),
+    "heads": ("transformer.position_bias.table", 1),
+    "patch_dim": ("ln_patch.weight", 0),
+    "conv_pos": ("conv_position.weight_v", 2),
+    "conv_groups": ("conv_position.weight_v", 1),
+    "buckets": ("transformer.position_bias.table", 0)
+}
 
 
-def load(path):
-    """Return an Encoder or Classifier in eval mode from any checkpoint, ours or official.
+def load(path, cfg=None, fbank=None):
+    """Return an Encoder or Classifier in eval mode from any checkpoint: ours, Microsoft's, ESPnet's.
 
-    Pre-training checkpoints (mam) give their encoder. Raises CheckpointError.
+    Pre-training checkpoints give their encoder. What a file does not say is assumed, and said on stderr.
+    cfg: says it instead of the file: a preset, a dict or a .json or .yaml file, in our or Microsoft's names,
+    or ESPnet's config.yaml. fbank: (mean, std) of the filter bank on which the model was trained.
+    Raises CheckpointError.
     """
-    ckpt = read_checkpoint(path)
-    if "cfg" in ckpt:
-        return load_official(path)
-    if ckpt["kind"] not in ("classifier", "mam"):
+    return build(path, *unpack(read_checkpoint(path), path, cfg, fbank))
+
+
+def build(path, kind, encoder, rest, beside):
+    """Build the Encoder or Classifier of what unpack returns."""
+    if kind in ("tokenizer", "random_projection"):
         raise CheckpointError(
-            f"{path}: a {ckpt['kind']} checkpoint holds no encoder to use alone; "
-            "tokenizers are loaded with tokenizer.load_tokenizer"
+            f"{path}: this file is {KINDS[kind]}; use tokenizer.load_tokenizer"
         )
-    state = with_stacks(ckpt["model"])
-    model = Encoder(EncoderConfig(**ckpt["encoder"]))
-    if ckpt["kind"] == "classifier":
-        model = Classifier(model, ckpt["labels"], ckpt["multilabel"])
-    else:
-        inside = [key for key in state if key.startswith("encoder.")]
-        state = {key.removeprefix("encoder."): state[key] for key in inside}
-    load_state(model, state, path)
+    if kind != "classifier":
+        return encoder.eval()
+    with reading(path):
+        dropout = beside.get("cfg", {}).get("predictor_dropout", 0.0)
+        model = Classifier(encoder, beside["labels"], beside["multilabel"], dropout)
+    load_state(model, on_encoder(encoder, rest), path)
     return model.eval()
 
 
-def load_state(model, state, path):
-    """Do model.load_state_dict(state), or raise CheckpointError."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(f"{path}: tensors do not fit together: {reason}") from None
-
-
-def load_encoder(path):
+def load_encoder(path, cfg=None, fbank=None):
     """Return the Encoder of any checkpoint, in eval mode; of a classifier, what is below its head."""
-    model = load(path)
+    model = load(path, cfg, fbank)
     return model.encoder if isinstance(model, Classifier) else model
 
 
-def with_stacks(state):
-    """Rename the keys of our first checkpoints, in which no stack of blocks was a module of its own."""
-    renamed = {}
-    for key, value in state.items():
-        key = re.sub(r"^encoder\.(blocks|position_bias)\.", r"encoder.transformer.\1.", key)
-        key = re.sub(r"^(blocks|position_bias)\.", r"estimator.\1.", key)
-        renamed[key] = value
-    return renamed
+def unpack(ckpt, path, cfg=None, fbank=None):
+    """Return (kind, encoder, rest, beside) of the dict that a file holds.
+
+    kind: one of KINDS; encoder: built and loaded, None of a random projection; rest: weights of what stands
+    on it, in our names; beside: what the file, or ESPnet's config, says next to its weights.
+    """
+    notes = []
+    with reading(path):
+        weights, beside = find_weights(ckpt, notes)
+        inner, rest = split(weights)
+        if "bin_mean" in inner:
+            return "random_projection", None, inner, beside
+
+        # the shape: what the file says of it, what the caller says, and what the weights show
+        theirs = "patch_embedding.weight" in inner
+        if theirs:
+            said = settings(beside.get("cfg", {}), strict=False)
+        else:
+            said = settings(beside["encoder"] if "kind" in beside else {})
+        more, espnet = read_cfg(cfg)
+        beside |= espnet
+        official = theirs and bool(said or espnet)
+        encoder = Encoder(settle(said | more, official, fbank, inner, notes))
+
+        espnet_head = "decoder.linear_out.weight" in rest
+        if theirs:
+            inner, rest = from_official(encoder, inner, rest)
+        kind = beside.get("kind")
+        if theirs or kind is None:
+            kind = kind_of(rest)
+            rest = standing_on(kind, rest, notes)
+        check(kind in KINDS, f"its kind, {kind!r}, is none of {', '.join(KINDS)}")
+        if kind == "classifier":
+            settle_labels(beside, rest, official, espnet_head, notes)
+    load_state(encoder, inner, path)
+    if notes:
+        note(path, "; ".join(notes))
+    return kind, encoder, rest, beside
+
+
+def find_weights(ckpt, notes):
+    """Return the weights of a BEATs model from nested dicts, and what stands beside them."""
+    models = list(models_in(ckpt))
+    if not models:
+        names = list(tensor_names(ckpt))
+        what = "it holds no weights"
+        if names:
+            what = f"its weights are {', '.join(names[:3])}, ..."
+        for part, model in OTHER_MODELS.items():
+            if any(part in name for name in names):
+                what = f"it looks like {model}"
+        raise UserError(f"not a BEATs checkpoint: {what}")
+    where, weights, beside = models[0]
+    if len(models) > 1:
+        others = [other[0] for other in models[1:]]
+        notes.append(f"the weights under {where} are taken, not those under {', '.join(others)}")
+    return weights, beside
+
+
+def models_in(content, where="", beside={}):
+    """Yield (where, weights, what stands beside them) of each BEATs model, those under "model" first."""
+    beside = beside | content
+    weights = {}
+    for key, value in content.items():
+        if isinstance(value, torch.Tensor):
+            name = WRAPPERS.sub("", str(key))
+            # as torch writes a weight norm now
+            name = name.replace("parametrizations.weight.original0", "weight_g")
+            name = name.replace("parametrizations.weight.original1", "weight_v")
+            weights[name] = value
+    if any(KNOWN_BY.fullmatch(name) for name in weights):
+        yield where, weights, beside
+    for key in sorted(content, key=lambda key: key != "model"):
+        if isinstance(content[key], dict):
+            yield from models_in(content[key], f"{where}.{key}".strip("."), beside)
+
+
+def tensor_names(content):
+    """Yield the names of all tensors in nested dicts."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from tensor_names(value)
+        if isinstance(value, torch.Tensor):
+            yield str(key)
+
+
+def split(weights):
+    """Return the weights of the encoder, or of a random projection, and of what stands on it.
+
+    Both without what stands before their names. In our first checkpoints stacks of blocks had none.
+    """
+    matches = [KNOWN_BY.fullmatch(name) for name in weights]
+    prefixes = {match[1] for match in matches if match}
+    check(
+        len(prefixes) == 1,
+        f"holds several models, named {', '.join(sorted(prefixes))}; save one of them alone"
+    )
+    (prefix,) = prefixes
+    above = re.sub(r"(?<![^.])encoder\.$", "", prefix)
+
+    inner, rest = {}, {}
+    for name, value in weights.items():
+        part, before, stack = (inner, prefix, "transformer")
+        if not name.startswith(prefix):
+            part, before, stack = (rest, above, "estimator")
+        name = name.removeprefix(before)
+        name = re.sub(r"^(blocks|position_bias)\.", rf"{stack}.\1.", name)
+        part[name] = value
+    return inner, rest
+
+
+def kind_of(rest):
+    """Tell by what stands on an encoder, in our names, of what kind a checkpoint is."""
+    if "codebook.weight" in rest:
+        return "tokenizer"
+    if any(name.startswith("predictor.") for name in rest):
+        return "mam"
+    return "classifier" if "head.weight" in rest else "encoder"
+
+
+def standing_on(kind, rest, notes):
+    """Return the weights that belong on the encoder of a checkpoint of some kind."""
+    known = STANDS_ON.get(kind, ())
+    left = [name for name in rest if not name.startswith(known)]
+    if left and kind != "mam":
+        notes.append(f"{len(left)} weights beside the {kind}, {left[0]} the first, are left out")
+    return {name: rest[name] for name in rest if name.startswith(known)}
+
+
+def settings(cfg, strict=True):
+    """Return the fields of an EncoderConfig of which a dict speaks, in our or Microsoft's names."""
+    check(isinstance(cfg, dict), f"its configuration is a {type(cfg).__name__}, not a dict")
+    fields = [field.name for field in dataclasses.fields(EncoderConfig)]
+    names = {OFFICIAL_CFG.get(name, name): name for name in fields}
+    said = {}
+    for name, value in cfg.items():
+        if name in names or name in fields:
+            said[names.get(name, name)] = value
+        else:
+            check(
+                name in OFFICIAL_ALWAYS or not strict,
+                f"{name} is no setting of an encoder; those are {', '.join(fields)}"
+            )
+    for name, expect in OFFICIAL_ALWAYS.items():
+        value = cfg.get(name, expect)
+        check(
+            value == expect,
+            f"{name}={value!r} is not supported; every released file has {expect!r}"
+        )
+    return said
+
+
+def read_cfg(cfg):
+    """Return (settings, what ESPnet says beside them) of a preset, a dict, or a .json or .yaml file."""
+    if cfg is None:
+        return {}, {}
+    if cfg in list(PRESETS):
+        said = dataclasses.asdict(PRESETS[cfg])
+        del said["fbank_mean"], said["fbank_std"]  # not of its shape, but of what it heard
+        return said, {}
+    if isinstance(cfg, (str, Path)):
+        with reading(cfg):
+            cfg = read_config_file(Path(cfg))
+    check(isinstance(cfg, dict), f"cfg is a {type(cfg).__name__}, not a dict of settings")
+    if "encoder_conf" not in cfg:
+        official = set(OFFICIAL_CFG.values()) - set(OFFICIAL_CFG)
+        return settings(cfg, strict=official.isdisjoint(cfg)), {}
+
+    conf = cfg["encoder_conf"]
+    said = settings(conf.get("beats_config") or conf.get("tokenizer_config") or {}, strict=False)
+    for name in ("fbank_mean", "fbank_std"):
+        if name in conf:
+            said[name] = conf[name]
+    task = cfg.get("model_conf", {}).get("classification_type", "multi-class")
+    beside = dict(multilabel=task == "multi-label")
+    if cfg.get("token_list"):
+        beside["token_list"] = cfg["token_list"]
+    return said, beside
+
+
+def read_config_file(path):
+    check(
+        path.suffix in (".json", ".yaml", ".yml"),
+        f"cfg is a preset ({', '.join(PRESETS)}), a dict, a .json or a .yaml file"
+    )
+    text = path.read_text()
+    if path.suffix == ".json":
+        return json.loads(text)
+    try:
+        import yaml
+    except ImportError:
+        raise UserError("to read it, pip install pyyaml") from None
+    return yaml.safe_load(text)
+
+
+def settle(said, official, fbank, weights, notes):
+    """Return the EncoderConfig of what is said of it and what weights show, which have to agree."""
+    if "max_distance" not in said:
+        # what Microsoft's class takes where a file is silent, and what every released file has
+        said["max_distance"] = 1280 if official else 800
+        if not official:
+            notes.append("max_distance 800, as in every released file, is assumed; cfg= says another")
+    if fbank is not None:
+        check(len(fbank) == 2, f"fbank is (mean, standard deviation), not {fbank}")
+        said["fbank_mean"], said["fbank_std"] = fbank
+    check(("fbank_mean" in said) == ("fbank_std" in said), "it has one of fbank_mean, fbank_std")
+    if "fbank_mean" not in said and (not official or "raw2fbank_pad.weight" in weights):
+        mean, std = EncoderConfig.fbank_mean, EncoderConfig.fbank_std
+        notes.append(
+            f"fbank statistics {mean}, {std} (Microsoft's) are assumed; "
+            "for ESPnet's say fbank=(15.29130, 5.90532)"
+        )
+    return EncoderConfig(**agreed(said, shape_of(weights)))
+
+
+def agreed(said, seen):
+    """Return what is said of a shape and what weights show of it, or raise UserError if they disagree."""
+    for name, value in seen.items():
+        check(
+            said.get(name, value) == value,
+            f"{name} is {said.get(name)!r} by the configuration, {value} by the weights"
+        )
+    return said | seen
+
+
+def shape_of(weights):
+    """Return what the weights of an encoder, in our or Microsoft's names, show of its EncoderConfig."""
+    theirs = "patch_embedding.weight" in weights
+    shape = {}
+    for field, (name, dimension) in SHOWN_BY.items():
+        key = official_names(name, 1)[0] if theirs else name
+        shape[field] = weights[key].shape[dimension]
+    groups, left = divmod(shape["dim"], shape["conv_groups"])
+    check(not left, f"{shape['conv_groups']} channels of a position convolution do not divide its width")
+    stack = "encoder.layers." if theirs else "transformer.blocks."
+    return shape | dict(conv_groups=groups, layers=count_blocks(weights, stack))
+
+
+def count_blocks(names, stack):
+    """Count the blocks of a stack by the names of weights."""
+    inside = [name.removeprefix(stack) for name in names if name.startswith(stack)]
+    return len({name.partition(".")[0] for name in inside})
+
+
+def settle_labels(beside, rest, official, espnet, notes):
+    """Settle the names of classes, and whether they exclude each other, where a file does not say it."""
+    beside["labels"] = class_names(beside, len(rest["head.bias"]))
+    if "multilabel" not in beside:
+        # ESPnet's default is one class at a time; every released file of Microsoft has several
+        beside["multilabel"] = not espnet
+        if espnet or not official:
+            notes.append(f"multilabel = {not espnet} is assumed; if not, set it on the model")
+    check(isinstance(beside["multilabel"], bool), "multilabel is neither True nor False")
+
+
+def class_names(beside, count):
+    """Return the names of a file's classes: our labels, Microsoft's, ESPnet's, or else numbers."""
+    names = beside.get("labels") or beside.get("token_list")
+    if beside.get("label_dict"):
+        numbered = {int(number): name for number, name in beside["label_dict"].items()}
+        names = [numbered[number] for number in range(len(numbered))]
+    if not names:
+        return [str(number) for number in range(count)]
+
+    check(isinstance(names, (list, tuple)), "the names of its classes are no list")
+    if len(names) == count + 1 and names[-1] == "<unk>":  # for which ESPnet's heads have no output
+        names = names[:-1]
+    check(len(names) == count, f"{len(names)} names of classes, {count} outputs")
+    return names
+
+
+def on_encoder(encoder, rest):
+    """Return the state_dict of an encoder and what stands on it."""
+    return {f"encoder.{name}": value for name, value in encoder.state_dict().items()} | rest
 
 
 # -----------------------------------------------------------------------------
-# released files: Microsoft's layout in and out. Names differ, q, k, v are one matrix here, and the table
-# of relative positions, which all layers share, stands once. (Released tokenizers: tokenizer.py.)
+# Microsoft's layout in and out. Names differ, q, k, v are one matrix here, and the table of relative
+# positions, which all layers share, stands once.
 
 OFFICIAL_NAMES = {  # ours -> theirs, part by part
     "ln_patch": "layer_norm",
@@ -726,6 +1042,18 @@ OFFICIAL_ALWAYS = {  # what every released file says, and this model is
 }
 
 
+ESPNET_PADS = {  # for its masks
+    "patch_embedding_pad.weight": torch.ones(1, 1, PATCH_FRAMES, PATCH_BINS),
+    "raw2fbank_pad.weight": torch.ones(1, 1, FRAME)
+}
+OFFICIAL_HEADS = {  # theirs -> ours, of what stands on the encoder
+    r"predictor\.": "head.",
+    r"decoder\.linear_out\.": "head.",  # ESPnet's
+    r"quantize\.embedding\.weight": "codebook.weight",
+    r"quantize\.cluster_size": "codebook.cluster_size"
+}
+
+
 def official_names(name, layers):
     """Return the released names of one of our parameters: several where it is split or repeated there."""
     if name == "transformer.position_bias.table":
@@ -752,80 +1080,77 @@ def encoder_to_official(encoder):
         values = value.chunk(3) if "qkv" in name else [value] * len(names)
         state |= zip(names, values)
     cfg = {theirs: getattr(encoder.cfg, ours) for ours, theirs in OFFICIAL_CFG.items()}
+    statistics = dict(fbank_mean=encoder.cfg.fbank_mean, fbank_std=encoder.cfg.fbank_std)
+    if statistics != dict(fbank_mean=EncoderConfig.fbank_mean, fbank_std=EncoderConfig.fbank_std):
+        cfg |= statistics
     return cfg | OFFICIAL_ALWAYS, state
 
 
-def encoder_from_official(ckpt, path):
-    """Return the Encoder of a released file, and the rest of its state_dict, which is not the encoder's."""
-    cfg, rest = ckpt["cfg"], dict(ckpt["model"])
-    for key, value in OFFICIAL_ALWAYS.items():
-        said = cfg.get(key, value)
-        if said != value:
-            raise CheckpointError(
-                f"{path}: {key}={said!r} is not supported; every released file has {value!r}"
-            )
-    shape = {"max_distance": 1280}  # what their class takes where a file is silent
-    shape |= {ours: cfg[theirs] for ours, theirs in OFFICIAL_CFG.items() if theirs in cfg}
-    encoder, state = Encoder(EncoderConfig(**shape)), {}
-    try:
-        for name, value in encoder.state_dict().items():
-            values = [rest.pop(key) for key in official_names(name, encoder.cfg.layers)]
-            if name == "patch.weight" or "gate_scale" in name:
-                values[0] = values[0].view(value.shape)
-            state[name] = torch.cat(values) if "qkv" in name else values[0]
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path}: not a released BEATs file: {error} is missing or of another shape"
-        ) from None
-    load_state(encoder, state, path)
-    return encoder, rest
+def from_official(encoder, weights, rest):
+    """Return the weights of an encoder and of what stands on it, named as ours.
+
+    weights: theirs from patch_embedding on, every one of which is used; rest: what has other names.
+    """
+    weights, state = dict(weights), {}
+    for name, value in encoder.state_dict().items():
+        names = official_names(name, encoder.cfg.layers)
+        table = name.endswith("table")
+        if table:  # the same in every layer; some files hold it once
+            names = [key for key in names if key in weights] or names
+        first, *others = [weights.pop(key) for key in names]
+        for other in others:
+            alike = torch.equal(first, other) if table else first.shape == other.shape
+            check(alike, f"{names[0]} is unlike its repetitions")
+
+        if name == "patch.weight" or name.endswith("gate_scale"):
+            first = first.reshape(value.shape)
+        state[name] = torch.cat([first, *others]) if "qkv" in name else first
+
+    for name in ESPNET_PADS:
+        pad = weights.pop(name, torch.ones(1))
+        check((pad == 1).all(), f"{name} is not all ones, as in every file of ESPnet")
+    ready = weights.pop("quantize.embedding.initted", torch.ones(1))
+    check(ready.all(), "its codebook was never initialised")
+    for name in ("embed_avg", "cluster_size"):  # their code reads neither
+        weights.pop(f"quantize.embedding.{name}", None)
+
+    heads = {}
+    for name, value in (rest | weights).items():
+        ours = name
+        for before, after in OFFICIAL_HEADS.items():
+            ours = re.sub(rf"^{before}", after, ours)
+        known = ours.startswith(STANDS_ON["tokenizer"])
+        check(known or name in rest, f"unknown keys, {name} the first")
+        heads[ours] = value
+    return state, heads
 
 
 def load_official(path, reorder=None, class_csv=None):
-    """Load a released file: an Encoder, or a Classifier if it is fine-tuned, in eval mode.
-
-    reorder="audioset" brings the classes into the order of class_csv, see Classifier.reorder.
-    Strict: every key is used and none is missing. Raises CheckpointError.
-    """
+    """Do as load(path). reorder="audioset": classes in the order of class_csv, see Classifier.reorder."""
     if reorder not in (None, "audioset") or bool(reorder) != bool(class_csv):
         raise ValueError(
             'reorder is None or "audioset", which needs class_csv="class_labels_indices.csv"'
         )
-    ckpt = read_checkpoint(path)
-    if "cfg" not in ckpt:
-        raise CheckpointError(
-            f"{path}: not an official checkpoint but one of ours; use load"
-        )
-    model, rest = encoder_from_official(ckpt, path)
-    if "quantize.embedding.weight" in rest:
-        raise CheckpointError(
-            f"{path}: this file is a tokenizer; use tokenizer.load_tokenizer"
-        )
-
-    if "predictor.weight" in rest:
-        head = {part: rest.pop(f"predictor.{part}") for part in ("weight", "bias")}
-        names = {int(number): mid for number, mid in ckpt.get("label_dict", {}).items()}
-        labels = [names.get(i, str(i)) for i in range(len(head["bias"]))]
-        model = Classifier(model, labels, dropout=ckpt["cfg"].get("predictor_dropout", 0.0))
-        model.head.load_state_dict(head)
-    if rest:
-        raise CheckpointError(
-            f"{path}: {len(rest)} unknown keys, {sorted(rest)[0]} the first"
-        )
+    model = load(path)
     if reorder:
         if isinstance(model, Encoder):
             raise CheckpointError(
                 f"{path}: this file has no classifier head, hence no classes to reorder"
             )
         model.reorder(class_csv)
-    return model.eval()
+    return model
 
 
-def export_official(model, path):
-    """Write an Encoder or Classifier in the released layout, readable by Microsoft's code (strict)."""
+def export_official(model, path, espnet=False):
+    """Write an Encoder or Classifier in the released layout, readable by Microsoft's code (strict).
+
+    espnet: with two constants more, which ESPnet and openbeats ask for where they load strictly.
+    """
+    cfg, state = encoder_to_official(getattr(model, "encoder", model))
+    if espnet:
+        state |= ESPNET_PADS
     if isinstance(model, Encoder):
-        return save_official(path, *encoder_to_official(model))
-    cfg, state = encoder_to_official(model.encoder)
+        return save_official(path, cfg, state)
     cfg |= dict(
         finetuned_model=True,
         predictor_dropout=model.dropout.p,
@@ -877,9 +1202,9 @@ def conv_by_fft(x, weight, groups):
     x = F.pad(x.float(), (0, 0, before, blocks * outputs - T + taps - 1 - before))
     x = x.unfold(1, size, outputs).mT if blocks > 1 else x[:, None]  # (B, blocks, size, D)
     x = torch.fft.rfft(x, dim=2).view(B * blocks, -1, groups, width)
-    weight = torch.fft.rfft(weight.float(), n=size).conj()
-    weight = weight.view(groups, width, width, -1)          # (G, out, in, F)
-    y = x.permute(1, 2, 0, 3) @ weight.permute(3, 0, 2, 1)  # (F, G, B blocks, out)
+    spectra = torch.fft.rfft(weight.float(), n=size).conj()
+    spectra = spectra.view(groups, width, width, -1)         # (G, out, in, F)
+    y = x.permute(1, 2, 0, 3) @ spectra.permute(3, 0, 2, 1)  # (F, G, B blocks, out)
     y = y.permute(2, 0, 1, 3).reshape(B * blocks, -1, D)
     y = torch.fft.irfft(y, n=size, dim=1)[:, :outputs]
-    return y.reshape(B, -1, D)[:, :T]
+    return y.reshape(B, -1, D)[:, :T].to(weight.dtype)

@@ -6,7 +6,7 @@ Acoustic tokenizers: which of 1,024 codes does each 16x16 patch have?
     SelfDistilledTokenizer      iteration 2 on (section 3.2.2): encoder -> codebook -> estimator,
                                 which has to predict the teacher's features from the codes;
                                 its encoder and codebook are the tokenizer
-    load_tokenizer              our checkpoints and the released Tokenizer_iter*.pt
+    load_tokenizer              any checkpoint of one: ours, Microsoft's, ESPnet's (export_official_tokenizer)
 
 Codes of sounds: python -m tools.infer CKPT FILES; what they are worth: python -m tools.report.
 """
@@ -31,16 +31,27 @@ from audio import (
     prepare_clips,
     valid_tokens
 )
-from common import CheckpointError, all_sum, check, rank, read_checkpoint, world
-from model import (
-    Encoder,
-    EncoderConfig,
-    Transformer,
-    encoder_from_official,
-    encoder_to_official,
+from common import (
+    CheckpointError,
+    all_sum,
+    check,
     load_state,
+    rank,
+    read_checkpoint,
+    reading,
+    world
+)
+from model import (
+    ESPNET_PADS,
+    Encoder,
+    Transformer,
+    agreed,
+    build,
+    count_blocks,
+    encoder_to_official,
+    on_encoder,
     save_official,
-    with_stacks
+    unpack
 )
 
 
@@ -62,7 +73,7 @@ class Tokenizer(nn.Module):
         weights = state.pop("model")
         digest = hashlib.sha256(repr((state, list(weights))).encode())
         for tensor in weights.values():
-            digest.update(tensor.cpu().numpy().tobytes())
+            digest.update(tensor.cpu().float().numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -105,15 +116,18 @@ class RandomProjectionTokenizer(Tokenizer):
 
     def project(self, features):
         """(B, N, 128) -> (B, T, dim)"""
-        return patchify((features - self.bin_mean) / self.bin_std) @ self.filters
+        x = (features - self.bin_mean) / self.bin_std
+        return patchify(x.float()) @ self.filters.float()
 
     def codes(self, features, valid=None):
         with torch.autocast(features.device.type, enabled=False):
             z = self.project(features)
             if self.smooth:
-                z = F.normalize((z - self.mean) @ self.whiten, dim=-1)
+                z = (z - self.mean).float() @ self.whiten.float()
+                z = F.normalize(z, dim=-1)
             # nearest: of |z - c|^2, what differs from code to code
-            return (z @ self.codebook.T - self.codebook.square().sum(1) / 2).argmax(-1)
+            codebook = self.codebook.float()
+            return (z @ codebook.T - codebook.square().sum(1) / 2).argmax(-1)
 
     def vectors(self):
         """Return what each code stands for, (K, dim)."""
@@ -186,8 +200,9 @@ class Codebook(nn.Module):
         """
         with torch.autocast(z.device.type, enabled=False):
             z = F.normalize(z.float(), dim=-1)
-            codes = (z.detach() @ self.weight.T).argmax(-1)
-            vectors = F.embedding(codes, self.weight)
+            weight = self.weight.float()
+            codes = (z.detach() @ weight.T).argmax(-1)
+            vectors = F.embedding(codes, weight)
             commitment = (z - vectors).square().sum(-1)
             return z + (vectors - z).detach(), codes, commitment
 
@@ -230,7 +245,7 @@ class Codebook(nn.Module):
 
         z: (n, dim); codes: (n,); use: (n,) True where a vector counts. Nothing here waits for the device.
         """
-        z = F.normalize(z.float(), dim=-1) * use[:, None]
+        z = F.normalize(z.float(), dim=-1).masked_fill(~use[:, None], 0)  # also where it is NaN
         counts = z.new_zeros(len(self.weight)).index_add_(0, codes, use.float())
         sums = torch.zeros_like(self.weight).index_add_(0, codes, z)
         counts, sums = all_sum(counts), all_sum(sums)
@@ -238,7 +253,9 @@ class Codebook(nn.Module):
         means = F.normalize(sums, dim=-1)
         moved = F.normalize(self.decay * self.weight + (1 - self.decay) * means, dim=-1)
         self.weight.copy_(torch.where(counts[:, None] > 0, moved, self.weight))
-        self.cluster_size.lerp_(counts, 1 - self.decay)
+        # a step without any vector, as one that is left out, changes nothing
+        average = self.cluster_size.lerp(counts, 1 - self.decay)
+        self.cluster_size.copy_(torch.where(counts.any(), average, self.cluster_size))
 
     @torch.no_grad()
     def revive_(self, z, use, threshold):
@@ -246,7 +263,7 @@ class Codebook(nn.Module):
 
         Little used: less than `threshold` times as often as the average. Returns how many, a tensor.
         """
-        z = F.normalize(z.float(), dim=-1) * use[:, None]
+        z = F.normalize(z.float(), dim=-1).masked_fill(~use[:, None], 0)  # also where it is NaN
         chance = use.float() + 1e-9  # a rank may have heard nothing but silence
         fresh = z[torch.multinomial(chance, len(self.weight), replacement=True)]
         if world() > 1:
@@ -402,51 +419,64 @@ def entropy(counts):
 # checkpoints
 
 
-def load_tokenizer(path):
-    """Load a tokenizer in eval mode, ours or a released one (strict). Raises CheckpointError."""
-    ckpt = read_checkpoint(path)
-    if "cfg" in ckpt:
-        return official_tokenizer(ckpt, path).eval().requires_grad_(False)
+def load_tokenizer(path, cfg=None, fbank=None):
+    """Load a tokenizer in eval mode: ours, Microsoft's, ESPnet's. cfg, fbank: see model.load.
 
-    if ckpt["kind"] == "random_projection":
-        config = dict(ckpt["tokenizer"])
-        if config.pop("smooth", True) is False:
-            raise CheckpointError(f"{path}: a projection of an earlier version that is gone")
-        tokenizer = RandomProjectionTokenizer(**config)
-    elif ckpt["kind"] == "tokenizer":
-        tokenizer = SelfDistilledTokenizer(
-            Encoder(EncoderConfig(**ckpt["encoder"])), **ckpt["tokenizer"]
-        )
-    else:
-        raise CheckpointError(f"{path}: this file is {ckpt['kind']}, not a tokenizer")
-    load_state(tokenizer, with_stacks(ckpt["model"]), path)
-    return tokenizer.eval().requires_grad_(False)
-
-
-def official_tokenizer(ckpt, path):
-    encoder, rest = encoder_from_official(ckpt, path)
-    if "quantize.embedding.weight" not in rest:
-        kind = "a fine-tuned classifier" if "predictor.weight" in rest else "an encoder"
-        raise CheckpointError(
-            f"{path}: this file is {kind}, not a tokenizer; use model.load_official"
-        )
-    if not rest.pop("quantize.embedding.initted").item():
-        raise CheckpointError(f"{path}: its codebook was never initialised")
-
-    weight = rest.pop("quantize.embedding.weight")
-    tokenizer = SelfDistilledTokenizer(encoder, *weight.shape, estimator_blocks=0)
-    tokenizer.codebook.weight.copy_(weight)
-    tokenizer.codebook.cluster_size.copy_(rest.pop("quantize.cluster_size"))
-    for key in ("embed_avg", "cluster_size"):  # their code reads neither
-        rest.pop(f"quantize.embedding.{key}", None)
-    layer = {key.removeprefix("quantize_layer."): value for key, value in rest.items()}
-    load_state(tokenizer.quantize_layer, layer, path)
+    Raises CheckpointError.
+    """
+    tokenizer = load_any(path, cfg, fbank)
+    if not isinstance(tokenizer, Tokenizer):
+        kind = "an encoder" if isinstance(tokenizer, Encoder) else "a fine-tuned classifier"
+        raise CheckpointError(f"{path}: this file is {kind}, not a tokenizer; use model.load")
     return tokenizer
 
 
-def export_official_tokenizer(tokenizer, path):
-    """Write a SelfDistilledTokenizer in the released layout, which has no estimator."""
+def load_any(path, cfg=None, fbank=None):
+    """Return the Encoder, Classifier or Tokenizer of any checkpoint, in eval mode. Raises CheckpointError."""
+    kind, encoder, rest, beside = unpack(read_checkpoint(path), path, cfg, fbank)
+    if kind not in ("tokenizer", "random_projection"):
+        return build(path, kind, encoder, rest, beside)
+
+    with reading(path):
+        said = dict(beside.get("tokenizer", {}))
+        if kind == "tokenizer":
+            config = agreed(said, shape_on_encoder(rest))
+            tokenizer = SelfDistilledTokenizer(encoder, **config)
+            rest = on_encoder(encoder, rest)
+        else:
+            check(
+                said.pop("smooth", True) is True,
+                "a projection of an earlier version that is gone"
+            )
+            n_codes, dim = rest["codebook"].shape
+            config = agreed(said, dict(n_codes=n_codes, dim=dim))
+            # where nothing is said: only a smooth one has unit vectors
+            unit = rest["codebook"].norm(dim=-1).mean().isclose(torch.ones(()), atol=1e-3)
+            config.setdefault("projection", "smooth" if unit else "plain")
+            check(config["projection"] in ("smooth", "plain"), "its projection is of no known kind")
+            tokenizer = RandomProjectionTokenizer(**config)
+    load_state(tokenizer, rest, path)
+    return tokenizer.eval().requires_grad_(False)
+
+
+def shape_on_encoder(rest):
+    """Return what the weights that stand on a tokenizer's encoder show of its configuration."""
+    shape = dict(estimator_blocks=count_blocks(rest, "estimator.blocks."))
+    if "codebook.weight" in rest:  # other quantizers may have none
+        shape["n_codes"], shape["code_dim"] = rest["codebook.weight"].shape
+    if "head.weight" in rest:
+        shape["target_width"] = len(rest["head.weight"])
+    return shape
+
+
+def export_official_tokenizer(tokenizer, path, espnet=False):
+    """Write a SelfDistilledTokenizer in the released layout, which has no estimator.
+
+    espnet: see model.export_official.
+    """
     cfg, state = encoder_to_official(tokenizer.encoder)
+    if espnet:
+        state |= ESPNET_PADS
     cfg |= dict(quant_n=tokenizer.n_codes, quant_dim=tokenizer.config["code_dim"])
     codebook = tokenizer.codebook
     state |= {

@@ -32,12 +32,12 @@ from model import (
     PREDICTORS,
     PRESETS,
     Encoder,
-    EncoderConfig,
     MaskedAudioModel,
     flops_of,
     load_encoder,
     random_mask,
-    recompute_blocks
+    recompute_blocks,
+    unpack
 )
 from tokenizer import RandomProjectionTokenizer, code_use, count_codes, load_tokenizer
 
@@ -111,6 +111,15 @@ def losses(model, inputs, targets):
     return dict(loss=loss, accuracy=correct.sum(), count=(targets >= 0).sum())
 
 
+def use_of_codes(sounds, tokenizer, device):
+    """Return how many codes a sample of the training data uses, their perplexity and entropy."""
+    counts = 0
+    for batch in sounds.sample(device):
+        _, codes = listen(batch, tokenizer)
+        counts += count_codes(codes, tokenizer.n_codes)
+    return code_use(all_sum(counts))
+
+
 @torch.no_grad()
 def validate(model, sounds, tokenizer, cfg, device):
     """Return the means of losses() over the held-out clips: the same crops and masks every time."""
@@ -140,10 +149,10 @@ def find_tokenizer(cfg, sounds, ckpt):
     return load_tokenizer(path), path
 
 
-def find_encoder(cfg, sounds, ckpt):
+def find_encoder(cfg, sounds, path, ckpt):
     """Return the encoder to train: of the checkpoint to resume from, of --init, or a fresh one."""
     if ckpt:
-        return Encoder(EncoderConfig(**ckpt["encoder"]))
+        return unpack(ckpt, path)[1]
     if cfg.init:
         return load_encoder(cfg.init)
     return Encoder(dataclasses.replace(PRESETS[cfg.model], **sounds.fbank_stats()))
@@ -159,9 +168,8 @@ def meter_of(model, sounds, cfg, device):
 
 def main(**flags):
     cfg, path, ckpt = common.begin(Config, flags, "mam_iter{iter}")  # defaults < checkpoint < flags
-    common.positive(cfg, "iter", "batch_seconds", "max_steps", "log_every", "eval_every", "save_every")
     _, world, device = common.setup(cfg.device, cfg.seed)
-    log = common.Log(path)
+    lock, log = common.Lock(path), common.Log(path)
 
     # sounds, without those to test by; a twentieth of the recordings is held out
     packs = cfg.data or data.toy_pack(cfg.out_dir)
@@ -179,7 +187,7 @@ def main(**flags):
             sounds.clips.codes.append(data.cached_codes(tokenizer, pack, device, cfg.dtype))
 
     # model
-    encoder = find_encoder(cfg, sounds, ckpt)
+    encoder = find_encoder(cfg, sounds, path, ckpt)
     blocks, dim = PREDICTORS["base" if cfg.init else cfg.model]  # as wide as an encoder that is given
     shape = cfg.predictor_blocks or blocks, cfg.predictor_dim or dim, cfg.predictor_heads
     model = MaskedAudioModel(encoder, tokenizer.n_codes, *shape).to(device)
@@ -194,22 +202,27 @@ def main(**flags):
 
     # what the untrained encoder is worth, frozen; and what a model reaches that knows but the band
     probe_pack = data.Pack(cfg.probe or packs) if cfg.probe or not cfg.data else None
-    before = ckpt["probe"] if ckpt else math.nan
+    before = ckpt.get("probe", math.nan) if ckpt else math.nan
     if probe_pack and not ckpt:
         before = probe_score(encoder, probe_pack, device, cfg.dtype)
-    counts = 0
-    for batch in sounds.sample(device):
-        _, codes = listen(batch, tokenizer)
-        counts += count_codes(codes, tokenizer.n_codes)
-    use = code_use(all_sum(counts))
+    use = use_of_codes(sounds, tokenizer, device)
     log("codes of the training data:", **use)
+
+    done, stopped, result = first, False, {}
+
+    def evaluate():
+        values = validate(model, sounds, tokenizer, cfg, device)
+        log(step=done, **values, entropy_given_band=use["entropy_given_band"])
+        return values
+
+    if ckpt and ckpt.get("owed"):  # the evaluation that a signal kept from being made
+        result = evaluate()
 
     # training
     meter = meter_of(model, sounds, cfg, device)
     batches = sounds.batches(place)
     stop = common.Stop()
     model.train()
-    done, stopped, result = first, False, {}
     for step in common.progress(first, cfg.max_steps):
         common.seed_step(cfg.seed, step)
         lr = common.set_lr(optimizer, cfg, step)
@@ -226,24 +239,26 @@ def main(**flags):
                 sums = losses(ddp, inputs, targets)
             (sums["loss"] * world / count).float().backward()  # DDP divides by world
             meter.add(sums)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.heard(batch)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        finite = common.step_if_finite(optimizer, norm)
+        meter.heard(batch, finite)
 
         done = step + 1
         stopped = stop.now(done, device)
         last = stopped or done == cfg.max_steps
         if last or done % cfg.log_every == 0:
             log(step=done, **meter.read(), lr=lr, epoch=batch["next"][0])
+            meter.check_finite(path, batch, sounds.names)
         with meter.paused():
-            if not stopped and (last or done % cfg.eval_every == 0):
-                result = validate(model, sounds, tokenizer, cfg, device)
-                log(step=done, **result, entropy_given_band=use["entropy_given_band"])
+            due = done % cfg.eval_every == 0 or done == cfg.max_steps
+            if due and not stopped:
+                result = evaluate()
             if last or done % cfg.save_every == 0:
+                meter.check_finite(path, batch, sounds.names, evaluate)
                 content = dict(encoder=dataclasses.asdict(encoder.cfg), model=model.state_dict())
                 content |= dict(packs=sounds.ids(), tokenizer=tokenizer.id(), probe=before)
-                common.save_training(path, cfg, optimizer, batch, done, kind="mam", **content)
+                content |= dict(owed=due and stopped)
+                common.save_training(path, cfg, optimizer, batch["next"], done, kind="mam", **content)
         if stopped:
             log(f"stopped at step {done}, saved in {path}; go on with --resume")
             break

@@ -26,7 +26,7 @@ import common
 import data
 from audio import BANDS, ROW, SAMPLE_RATE, fbank, is_silent, num_tokens, patchify
 from common import all_sum, autocast, check
-from model import PRESETS, Encoder, EncoderConfig, flops_of, load, recompute_blocks
+from model import PRESETS, Encoder, flops_of, load, recompute_blocks, unpack
 from tokenizer import SelfDistilledTokenizer, code_use, count_codes, whitening
 
 # Table 4 of the paper, by teacher; batches in seconds of audio over all devices. The encoder starts at
@@ -191,10 +191,10 @@ def find_teacher(cfg):
     return load(path).requires_grad_(False), path
 
 
-def find_encoder(cfg, teacher, ckpt):
+def find_encoder(cfg, teacher, path, ckpt):
     """Return the tokenizer's encoder: of the checkpoint to resume from, of the teacher, or a fresh one."""
     if ckpt:
-        return Encoder(EncoderConfig(**ckpt["encoder"]))
+        return unpack(ckpt, path)[1]
     trunk = getattr(teacher, "encoder", teacher)  # of a classifier, what is below its head
     shape = trunk.cfg
     if cfg.model:
@@ -224,12 +224,9 @@ def meter_of(model, teacher, sounds, cfg, device):
 def main(**flags):
     preset = TABLE_4.get(flags.get("preset"), {})
     cfg, path, ckpt = common.begin(Config, flags, "tokenizer_iter{iter}", preset)
-    common.positive(cfg, "codes", "code_dim", "estimator_blocks", "batch_seconds", "max_steps")
-    common.positive(cfg, "log_every", "eval_every", "save_every")
-    check(0 <= cfg.disturb <= 1, f"--disturb {cfg.disturb}: a share, from 0 to 1")
     check(cfg.codes <= 2**16, f"--codes {cfg.codes}: at most 65536, for they are kept in 16 bits")
     _, world, device = common.setup(cfg.device, cfg.seed)
-    log = common.Log(path)
+    lock, log = common.Lock(path), common.Log(path)
 
     # teacher and sounds; a twentieth of the recordings is held out
     teacher, source = find_teacher(cfg)
@@ -246,7 +243,7 @@ def main(**flags):
     common.same(ckpt, "targets", cfg.targets, f"{path} was begun with other --targets than {cfg.targets}")
 
     # model
-    encoder, width = find_encoder(cfg, teacher, ckpt), teacher.teach_width
+    encoder, width = find_encoder(cfg, teacher, path, ckpt), teacher.teach_width
     shape = cfg.codes, cfg.code_dim, cfg.estimator_blocks, width
     model = SelfDistilledTokenizer(encoder, *shape).to(device)
     recompute_blocks(model, cfg.recompute)
@@ -263,13 +260,22 @@ def main(**flags):
     if cfg.compile:
         getattr(teacher, "encoder", teacher).compile()
 
+    done, stopped, result = first, False, {}
+
+    def evaluate():
+        values = validate(model, teacher, sounds, cfg, device)
+        log(step=done, **values)
+        return values
+
+    if ckpt and ckpt.get("owed"):  # the evaluation that a signal kept from being made
+        result = evaluate()
+
     # training
     meter = meter_of(model, teacher, sounds, cfg, device)
     counts, revived = torch.zeros(BANDS, cfg.codes, device=device), 0  # since the last log line
     batches = sounds.batches(place)
     stop = common.Stop()
     model.train()
-    done, stopped, result = first, False, {}
     for step in common.progress(first, cfg.max_steps):
         common.seed_step(cfg.seed, step)
         lr = common.set_lr(optimizer, cfg, step)
@@ -289,16 +295,15 @@ def main(**flags):
             vectors.append(z.flatten(0, 1))
             codes.append(chosen.flatten())
             use.append(sounding.flatten())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+        finite = common.step_if_finite(optimizer, norm)
 
         # the codebook follows by its own rule; silence is not worth codes
-        vectors, codes, use = torch.cat(vectors), torch.cat(codes), torch.cat(use)
+        vectors, codes, use = torch.cat(vectors), torch.cat(codes), torch.cat(use) & finite
         model.codebook.update_(vectors, codes, use)
         if cfg.revive:
             revived += model.codebook.revive_(vectors, use, cfg.revive)
-        meter.heard(batch)
+        meter.heard(batch, finite)
 
         done = step + 1
         stopped = stop.now(done, device)
@@ -310,13 +315,16 @@ def main(**flags):
             counts, revived = torch.zeros_like(counts), 0
             if used["perplexity"] < 0.05 * cfg.codes:
                 log(COLLAPSE)
+            meter.check_finite(path, batch, sounds.names)
         with meter.paused():
-            if not stopped and (last or done % cfg.eval_every == 0):
-                result = validate(model, teacher, sounds, cfg, device)
-                log(step=done, **result)
+            due = done % cfg.eval_every == 0 or done == cfg.max_steps
+            if due and not stopped:
+                result = evaluate()
             if last or done % cfg.save_every == 0:
+                meter.check_finite(path, batch, sounds.names, evaluate)
                 content = model.state() | dict(packs=sounds.ids(), targets=cfg.targets)
-                common.save_training(path, cfg, optimizer, batch, done, **content)
+                content |= dict(owed=due and stopped)
+                common.save_training(path, cfg, optimizer, batch["next"], done, **content)
         if stopped:
             log(f"stopped at step {done}, saved in {path}; go on with --resume")
             break

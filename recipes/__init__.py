@@ -6,6 +6,7 @@ To add a data set, write one such file; nothing else has to know of it. It holds
     a docstring         whose first line is the help of the command
     add_flags(parser)   adds its arguments to argparse; `source` is the one that names the data
     rows(args)          returns (rows, classes) or raises common.UserError; classes None = the labels, sorted
+    read(row)           if the sounds are no files: returns one as (n,) float32 at 16 kHz
 
 from_esc50.py is a short one to copy; recipes/tables.py holds what they share. A row is a dict:
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from audio import SUFFIXES, audio_files
 from common import UserError, check
-from recipes.tables import read_classes, read_table, row_of
+from recipes.tables import read_classes, read_table, read_text, row_of
 
 
 def add_flags(parser):
@@ -35,10 +35,10 @@ def id_of(stem):
 def read_json(table):
     """Yield (where, fields) as read_table does, from AST's {"data": [{"wav": path, "labels": "mid,mid"}]}."""
     try:
-        for number, item in enumerate(json.loads(Path(table).read_text())["data"], start=1):
+        for number, item in enumerate(json.loads(read_text(table))["data"], start=1):
             name = id_of(Path(item["wav"]).stem)
-            yield f"{table}, item {number}", [name, "0", "10", item["labels"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            yield f"{table}, item {number}", [name, "0", "10", "" + item["labels"]]
+    except (json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
         wanted = '{"data": [{"wav": ..., "labels": "mid,mid"}]}'
         raise UserError(f"{table}: wants {wanted} ({error!r})") from None
 
@@ -54,7 +54,7 @@ def segments(tables):
                 len(fields) > 3 and all(fields),
                 f'{where}: wants YTID, start_seconds, end_seconds, "labels", not {fields}'
             )
-            yield where, fields[0], fields[3].split(",")
+            yield where, fields[0], list(map(str.strip, fields[3].split(",")))
 
 
 def rows(args):

@@ -5,7 +5,7 @@ X-ARES (70, 15 and 15 % of the clips, whoever speaks) are only in its archives: 
 modulo 7 is 0 are for test, 1 for valid, 13 people each, and the other 65 for train.
 """
 
-from recipes.tables import recordings, row_of, unpacked
+from recipes.tables import parts_of_name, recordings, row_of, unpacked
 
 EMOTIONS = "ANG DIS FEA HAP NEU SAD".split()
 SPLITS = {0: "test", 1: "valid"}
@@ -20,7 +20,7 @@ def rows(args):
     all_rows = []
     # 1001_DFA_ANG_XX: speaker, sentence, emotion, intensity (one has but one X)
     for file in recordings(root, "AudioWAV/1*_*_*_*.wav"):
-        speaker, _, emotion, _ = file.stem.split("_")
+        speaker, emotion = parts_of_name(file, r"(\d+)_\w+_([A-Z]+)_\w+", "1001_DFA_ANG_XX")
         split = SPLITS.get(int(speaker) % 7, "train")
         all_rows.append(row_of(file, root, [emotion], split, speaker))
     return all_rows, EMOTIONS

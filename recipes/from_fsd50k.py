@@ -6,6 +6,7 @@ Classes are in the order of vocabulary.csv.
 
 from pathlib import Path
 
+from common import check
 from recipes.tables import read_records, read_table, row_of
 
 
@@ -19,8 +20,11 @@ def add_flags(parser):
 def rows(args):
     root = Path(args.source)
     tables = root / "FSD50K.ground_truth"
-    vocabulary = read_table(tables / "vocabulary.csv")
-    classes = [fields[1] for _, fields in vocabulary if fields[0].isdigit()]
+    classes = []
+    for where, fields in read_table(tables / "vocabulary.csv"):
+        check(len(fields) == 3, f"{where}: not number,class,mid, but {fields}")
+        if fields[0].isdecimal():  # a header is not
+            classes.append(fields[1])
 
     all_rows = []
     for cells in read_records(tables / "dev.csv", "fname labels split"):

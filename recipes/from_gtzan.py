@@ -5,7 +5,7 @@ Tzanetakis and Cook 2002. There are no official folds, and those of X-ARES are o
 damaged and will be skipped.
 """
 
-from recipes.tables import recordings, row_of, unpacked
+from recipes.tables import parts_of_name, recordings, row_of, unpacked
 
 
 def add_flags(parser):
@@ -18,6 +18,6 @@ def rows(args):
     all_rows = []
     # blues/blues.00000.wav, or .au in older archives
     for file in recordings(root, "*/*.000*.*"):
-        fold = int(file.stem[-5:]) % 10
-        all_rows.append(row_of(file, root, [file.parent.name], str(fold)))
+        [fold] = parts_of_name(file, r"\w+\.000\d(\d)", "blues.00000")
+        all_rows.append(row_of(file, root, [file.parent.name], fold))
     return all_rows, None

@@ -7,7 +7,7 @@ the same 40 speakers, so that folds cannot be free of a test fold's speakers.
 
 import zlib
 
-from recipes.tables import recordings, row_of, unpacked
+from recipes.tables import parts_of_name, recordings, row_of, unpacked
 
 
 def add_flags(parser):
@@ -18,7 +18,7 @@ def rows(args):
     root = unpacked(args.source, "LibriCount10-0dB")
     all_rows = []
     for file in recordings(root, "test/*_*.wav"):
-        speakers, _ = file.stem.split("_", 1)
+        [speakers] = parts_of_name(file, r"(\d|10)_.+", "10_1234")
         fold = zlib.crc32(file.stem.encode()) % 5
         all_rows.append(row_of(file, root, [speakers], str(fold)))
     return all_rows, list(map(str, range(11)))

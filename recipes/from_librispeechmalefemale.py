@@ -7,7 +7,7 @@ well. Groups are the speakers.
 import re
 
 from common import check
-from recipes.tables import recordings, row_of, unpacked
+from recipes.tables import read_text, recordings, row_of, unpacked
 
 FOLDERS = dict(train="train-clean-100", valid="dev-clean", test="test-clean")
 
@@ -21,7 +21,7 @@ def rows(args):
     table = root / "SPEAKERS.TXT"
     check(table.is_file(), f"{table}: no such file; each archive of LibriSpeech has it")
     # 60   | M | train-clean-100  | 20.18 | |CBW|Simon
-    sexes = dict(re.findall(r"^(\d+) *\| *([MF]) ", table.read_text("utf-8"), re.MULTILINE))
+    sexes = dict(re.findall(r"^(\d+) *\| *([MF]) ", read_text(table), re.MULTILINE))
 
     all_rows = []
     for split, folder in FOLDERS.items():

@@ -6,7 +6,7 @@ the order of instrument_family, groups the instruments.
 
 from pathlib import Path
 
-from recipes.tables import recordings, row_of
+from recipes.tables import parts_of_name, recordings, row_of
 
 FAMILIES = "bass brass flute guitar keyboard mallet organ reed string synth_lead vocal".split()
 
@@ -20,8 +20,8 @@ def rows(args):
     all_rows = []
     for split in ("train", "valid", "test"):
         for file in recordings(root / f"nsynth-{split}", "audio/*_*_*-*.wav"):
-            # synth_lead_synthetic_000-060-100: instrument, pitch, velocity
-            instrument = file.stem.split("-")[0]
-            family, _, _ = instrument.rsplit("_", 2)
+            # instrument, pitch, velocity
+            pattern = r"((\w+)_[a-z]+_\d+)-\d+-\d+"
+            instrument, family = parts_of_name(file, pattern, "synth_lead_synthetic_000-060-100")
             all_rows.append(row_of(file, root, [family], split, instrument))
     return all_rows, FAMILIES

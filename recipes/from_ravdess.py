@@ -4,7 +4,7 @@ Livingstone and Russo 2018. There are no official folds, and those of X-ARES are
 the four folds are actors 1 to 6, 7 to 12 and so on, three women and three men each. Songs are left out.
 """
 
-from recipes.tables import recordings, row_of, unpacked
+from recipes.tables import parts_of_name, recordings, row_of, unpacked
 
 EMOTIONS = "neutral calm happy sad angry fearful disgust surprised".split()
 
@@ -16,11 +16,11 @@ def add_flags(parser):
 def rows(args):
     root = unpacked(args.source, "Audio_Speech_Actors_01-24")
     all_rows = []
-    # 03-01-05-...: audio only, speech (02 is song), angry
+    # audio only, speech (02 is song), angry, ..., actor
     for file in recordings(root, "Actor_*/03-01-*.wav"):
-        actor = file.parent.name
-        fold = (int(actor[-2:]) - 1) // 6
-        number = int(file.stem[6:8])
-        emotion = EMOTIONS[number - 1]
-        all_rows.append(row_of(file, root, [emotion], str(fold), actor))
+        pattern = r"03-01-0([1-8])-\d\d-\d\d-\d\d-([01]\d|2[0-4])"
+        number, actor = parts_of_name(file, pattern, "03-01-05-01-02-01-12")
+        fold = (int(actor) - 1) // 6
+        emotion = EMOTIONS[int(number) - 1]
+        all_rows.append(row_of(file, root, [emotion], str(fold), f"Actor_{actor}"))
     return all_rows, EMOTIONS

@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 
 from common import check
-from recipes.tables import recordings, row_of
+from recipes.tables import read_text, recordings, row_of
 
 KS1 = "yes no up down left right on off stop go _unknown_ _silence_".split()
 
@@ -55,7 +55,7 @@ def ks2(root, files):
     for split, name in (("valid", "validation_list.txt"), ("test", "testing_list.txt")):
         listing = root / name
         check(listing.exists(), f"{listing}: no such file; the archive has one")
-        for line in listing.read_text().split():
+        for line in read_text(listing).split():
             split_of[root / line] = split  # one that is not there will be listed as skipped
 
     for file, split in split_of.items():

@@ -19,9 +19,8 @@ def add_flags(parser):
 
 
 def rows(args):
-    check(
-        args.seed >= 0 and args.clips >= 1, "--seed is not negative, and --clips is at least 1"
-    )
+    check(0 <= args.seed < 2**63, f"--seed {args.seed}: 0 to 2**63")
+    check(1 <= args.clips <= 10**6, f"--clips {args.clips}: 1 to a million")
     return [row_of(i, args.seed) for i in range(args.clips)], CLASSES
 
 

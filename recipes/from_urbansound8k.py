@@ -4,6 +4,7 @@ Salamon et al. 2014. Splits are the folds 1 to 10, groups the recordings that cl
 the order of classID.
 """
 
+from common import check
 from recipes.tables import read_records, row_of, unpacked
 
 
@@ -16,9 +17,9 @@ def rows(args):
     table = root / "metadata/UrbanSound8K.csv"
     all_rows, classes = [], {}
     for cells in read_records(table, "slice_file_name fsID fold classID class"):
-        fold = cells["fold"]
-        label = cells["class"]
+        fold, label, number = cells["fold"], cells["class"], cells["classID"]
+        check(fold and label and number.isdecimal(), f"{table}: a row is incomplete, {cells}")
         file = root / f"audio/fold{fold}" / cells["slice_file_name"]
         all_rows.append(row_of(file, root, [label], fold, cells["fsID"]))
-        classes[int(cells["classID"])] = label
+        classes[int(number)] = label
     return all_rows, [classes[number] for number in sorted(classes)]

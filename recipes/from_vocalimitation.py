@@ -8,7 +8,7 @@ is heard in two. Classes are named as the files are, 000Animal_..., in that orde
 import csv
 import zlib
 
-from recipes.tables import read_records, recordings, row_of, unpacked
+from recipes.tables import parts_of_name, read_records, recordings, row_of, unpacked
 
 
 def add_flags(parser):
@@ -31,7 +31,7 @@ def rows(args):
     all_rows = []
     for file in files:
         # class and number; a class may have hyphens: 010Animal_..._ cock-a-doodle-doo-5192735183077376
-        label, _ = file.stem.rsplit("-", 1)
+        [label] = parts_of_name(file, r"(.+)-\d+", "000Animal_Cat_Growling-4808")
         participant = participants.get(file.name, file.stem)
         fold = zlib.crc32(participant.encode()) % 3
         all_rows.append(row_of(file, root, [label], str(fold), participant))

@@ -4,7 +4,7 @@ Gong et al. 2022. The splits are the authors', by speaker.
 """
 
 from common import check
-from recipes.tables import read_table, recordings, row_of, unpacked
+from recipes.tables import parts_of_name, read_table, recordings, row_of, unpacked
 
 CLASSES = "laughter sigh throatclearing cough sneeze sniff".split()
 TABLES = dict(train="tr_meta.csv", valid="val_meta.csv", test="te_meta.csv")
@@ -24,7 +24,7 @@ def rows(args):
     all_rows = []
     # audio_16k/f0003_0_cough.wav: speaker, visit, class
     for file in recordings(root, "*_[14][64]k/*_*_*.wav"):
-        speaker, _, label = file.stem.split("_")
+        speaker, label = parts_of_name(file, r"(\w+)_\d+_([a-z]+)", "f0003_0_cough")
         check(speaker in splits, f"{file}: speaker {speaker} is in none of the tables in meta")
         all_rows.append(row_of(file, root, [label], splits[speaker], speaker))
     return all_rows, CLASSES

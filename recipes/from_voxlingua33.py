@@ -7,7 +7,7 @@ name: here it is all of it, or --most recordings a language, evenly spaced. Grou
 from pathlib import Path
 
 from common import check
-from recipes.tables import recordings, row_of, unpacked
+from recipes.tables import parts_of_name, recordings, row_of, unpacked
 
 LANGUAGES = (
     "ar az da de el en es et fa fi fr hr hu hy is it ja "
@@ -23,7 +23,7 @@ def add_flags(parser):
 
 
 def rows(args):
-    check(args.most >= 0, "--most is not negative")
+    check(args.most >= 0, f"--most {args.most}: is not negative")
     root = Path(args.source)
     train = unpacked(root, "train")
     all_rows = []
@@ -36,8 +36,8 @@ def rows(args):
         )
         for split, some in parts.items():
             for file in some:
-                # aBcDeFgHiJk__U__S14---0101.220-0108.010: the video, and where in it
-                piece, _ = file.stem.rsplit("---", 1)
-                video = piece.split("__U__")[0]
+                # the video, and where in it
+                name = "aBcDeFgHiJk__U__S14---0101.220-0108.010"
+                [video] = parts_of_name(file, r"(.+?)(?:__U__.*)?---[\d.-]+", name)
                 all_rows.append(row_of(file, root, [language], split, video))
     return all_rows, LANGUAGES

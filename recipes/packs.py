@@ -2,8 +2,10 @@
 Packs: how sounds are kept for training, a folder of int16, 16 kHz, mono samples. Commands: data.py.
 
     audio-00000.bin ...     the clips of RUN recordings each, end to end
-    index.npy               where each clip is, of which recording, and its checksum
-    clips.csv, skipped.csv  path, labels, split and group of every recording; reasons
+    index.npy               where each clip is, of which recording, its checksum, and its gain:
+                            int16 * gain is the sound, so that no level is too high or too low
+    clips.csv, skipped.csv  path, labels, split and group of every recording; who was left out, and why
+    notes.csv               what packing did to a recording: path, kind, detail
     pack.json               classes, hours, statistics of the filter bank
 
 A shard is a run of recordings and is whole or absent: first its audio appears, then a small file that
@@ -13,14 +15,19 @@ which gets its name when all is there.
 
 import argparse
 import csv
+import difflib
 import functools
 import hashlib
+import io
 import json
 import math
 import os
-import resource
 import shutil
+import stat
+import threading
+import weakref
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,8 +37,9 @@ import torch
 from tqdm import tqdm
 
 import recipes
-from audio import FRONT_END, MIN_SAMPLES, SAMPLE_RATE, fbank, read_audio
-from common import UserError, check, write_whole
+from audio import FRONT_END, LOG_FLOOR, MIN_SAMPLES, SAMPLE_RATE, decode, fbank, printable
+from common import Lock, UserError, check, write_whole
+from recipes.tables import read_text
 
 RUN = 500  # recordings in a shard: what a killed packing does again
 INDEX = np.dtype(
@@ -40,77 +48,106 @@ INDEX = np.dtype(
         ("offset", "i8"),
         ("samples", "i4"),
         ("row", "i4"),
-        ("crc", "u4")
+        ("crc", "u4"),
+        ("gain", "f4")
     ]
 )
+FULL_SCALE = 2.0**-15   # the gain of sounds between 1 / 256 and 1
+LOUDEST = 2.0**32       # what is louder overflows in the filter bank, and is no sound
+
+# what the summary of a packing adds to a kind of note
+MORE = {
+    "cancelled": "(the loudest channel is kept)",
+    "scaled": "(above 1 or below 1/256: a gain keeps the level)",
+    "end beyond the file": "(times in another file? see csv --no_times)",
+    "cut": "into clips of at most {:g} s",
+    "without a label": "though others have one"
+}
 
 # -----------------------------------------------------------------------------
 # writing
 
 
 def read_row(row):
-    """Read the audio of a recording: (n,) float32 at 16 kHz."""
-    return read_audio(row["file"], row["start"], row["end"])
+    """Read the audio of a recording: (n,) float32 at 16 kHz, and notes of what was done to it, see decode."""
+    x, notes = decode(row["file"], row["start"], row["end"])
+    seconds, size = len(x) / SAMPLE_RATE, os.path.getsize(row["file"])
+    check(
+        seconds < 60 + size / 4,
+        f"{printable(row['file'])}: {seconds:.0f} s of sound in {size} bytes: its header cannot be right"
+    )
+    return x, notes
 
 
 def write_pack(
     out, rows, read=read_row, classes=None, source="", max_seconds=10.0, workers=None
 ):
-    """Write a pack. rows: one dict a recording (see recipes/); read(row) -> (n,) float32 at 16 kHz.
+    """Write a pack. rows: one dict a recording (see recipes/).
 
-    Recordings longer than max_seconds (or the row's own) are cut into clips. One whose read raises
-    UserError, or that is shorter than a patch row (0.175 s), is left out and listed with its reason.
+    read(row) -> (n,) float32 at 16 kHz, alone or with a list of (kind, detail), notes of what was done to it.
+    Recordings longer than max_seconds (or the row's own) are cut into clips. One whose read raises any
+    exception, or that is shorter than a patch row (0.175 s), is left out and listed with its reason.
     """
     out = Path(out)
-    check(not out.exists(), f"{out} exists; remove it or choose another --out")
-    check(0.175 <= max_seconds < 1e5, f"--max_seconds {max_seconds}: 0.175 (a patch) to 1e5")
+    check(0.175 <= max_seconds <= 60000, f"--max_seconds {max_seconds}: 0.175 (a patch) to 60000")
+    check(0 <= (workers or 0) <= 1000, f"--workers {workers}: 0 to 1000 threads")
+    check(rows, f"{source}: no recordings to pack")
     classes = class_list(rows, classes)
 
+    check(out.name, "--out: has to name a folder to make")
+    check(not os.path.lexists(out), f"{out} exists; remove it or choose another --out")
     folder = out.with_name(f"{out.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder / "pack")
     index, notes, sizes = [], [], []
     with tqdm(total=len(rows), desc=f"packing {out.name}", unit="file", disable=None) as bar:
         for first in range(0, len(rows), RUN):
             run = rows[first : first + RUN]
             shard = write_shard(folder, first // RUN, run, read, max_seconds, workers, bar)
             index += map(tuple, shard["index"])
-            notes += shard["notes"]
+            notes += map(tuple, shard["notes"])
             sizes.append(shard["samples"])
 
-    skipped = [(row["path"], note) for row, note in zip(rows, notes) if note]
+    skipped = [(path, reason) for path, kind, reason in notes if kind == "left out"]
     if not index:
         shutil.rmtree(folder)
         raise UserError(
-            f"{source}: no usable audio in {len(rows)} files, {notes[:1]} the first"
+            f"{source}: no usable audio in {len(rows)} files, {skipped[0][1]} the first"
         )
-    write_table(folder / "skipped.csv", ["path", "reason"], skipped)
+    if any(row["labels"] for row in rows):
+        notes += [(row["path"], "without a label", "") for row in rows if not row["labels"]]
     table = [
         (row["path"], ";".join(row["labels"]), row["split"], row["group"])
         for row in rows
     ]
-    write_table(folder / "clips.csv", ["path", "labels", "split", "group"], table)
+    write_table(folder / "clips.csv", CLIPS, table)
+    write_table(folder / "skipped.csv", SKIPPED, skipped)
+    write_table(folder / "notes.csv", NOTES, notes)
 
     index = np.array(index, INDEX)
     write_whole(folder / "index.npy", lambda file: np.save(file, index))
     info = dict(
         version=2,
-        id=hashlib.sha256(index.tobytes()).hexdigest()[:16],
-        source=str(source),
+        id=id_of(index),
+        source=printable(str(source)),
         classes=classes,
         clips=len(index),
+        recordings=len(rows),
         hours=round(index["samples"].sum() / SAMPLE_RATE / 3600, 4),
-        shards=sizes
+        shards=sizes,
+        front_end=None
     )
+    # opened as of no front end yet, a pack measures its statistics
     write_json(folder / "pack.json", info)
-    info |= fbank_stats(Pack(folder))
-    write_json(folder / "pack.json", info)
+    write_json(folder / "pack.json", Pack(folder).info)
     os.replace(folder, out)
 
     # what vouched for the shards, and what was left by packings that were killed, or were larger
     wanted = [f"audio-{number:05d}.bin" for number in range(len(sizes))]
-    for path in [*out.glob("[as]*-*"), *out.glob("*.partial")]:
+    for path in [*out.glob("[as]*-*"), *out.glob("*.partial"), *out.glob(".*.lock")]:
         if path.name not in wanted:
             path.unlink(missing_ok=True)
+    del lock
 
     pack = Pack(out)
     describe(pack)
@@ -140,15 +177,12 @@ def in_order(function, items, workers):
 
 def exclude(rows, path):
     """Mark the rows that a list names, a line each: path, file name or stem. They are left out and listed."""
-    try:
-        names = set(map(str.strip, Path(path).read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--exclude {path}: cannot be read ({error})") from None
+    names = set(map(str.strip, read_text(path).splitlines()))
     names.discard("")
     unseen = set(names)
     for row in rows:
         file = Path(row["path"])
-        hits = names & {row["path"], file.name, file.stem}
+        hits = names.intersection(map(str.strip, (row["path"], file.name, file.stem)))
         if hits:
             row["excluded"] = f"{row['path']}: excluded by {path}"
             unseen -= hits
@@ -160,38 +194,83 @@ def class_list(rows, classes):
     """Return the class names: those given, or the labels that occur, sorted."""
     labels = {label for row in rows for label in row["labels"]}
     classes = sorted(labels) if classes is None else list(classes)
-    unknown = labels.difference(classes)
-    check(not unknown, f"labels that are not in the class list: {sorted(unknown)[:9]}")
+    unknown = sorted(labels.difference(classes))
+    if unknown:
+        [nearest] = difflib.get_close_matches(unknown[0], classes, 1, cutoff=0) or ["none"]
+        raise UserError(
+            f"labels that are not in the class list: {unknown[:9]}; "
+            f"the nearest to {unknown[0]!r} is {nearest!r}"
+        )
+    check(all(classes), "a class has no name: a label is there, but empty")
     check(";" not in "".join(classes), "a class name has a semicolon, which separates labels")
+    check(len(set(classes)) == len(classes), "a class name stands in the class list twice")
     return classes
 
 
+def gain_for(peak):
+    """Return the power of two that samples are divided by, to be int16 without loss of level.
+
+    It is 1 / 32768 for a peak between 1 / 256 and 1; else what holds a louder sound without clipping it,
+    and gives a quieter one, as there are in 24 bits, all of the 16.
+    """
+    if not peak or 1 / 256 <= peak <= 1:
+        return FULL_SCALE
+    _, exponent = math.frexp(peak)
+    return FULL_SCALE * 2.0 ** max(exponent, -110)
+
+
 def cut_recording(read, max_seconds, row):
-    """Decode a recording. Returns [(clip, its checksum), ...], int16, and why there are none, or ""."""
+    """Decode a recording.
+
+    Returns [(clip, its checksum, gain), ...], int16, and notes, a list of (kind, detail): where there are no
+    clips, of kind "left out" with the reason.
+    """
+    path = row["path"]
     if "excluded" in row:
-        return [], row["excluded"]
+        return [], [("left out", row["excluded"])]
     try:
-        x = (read(row) * 32768).round().clip(-32768, 32767).astype("<i2")
+        x = read(row)
+        notes = []
+        if isinstance(x, tuple):
+            x, notes = x
+        seconds = len(x) / SAMPLE_RATE
         check(
             len(x) >= MIN_SAMPLES,
-            f"{row['path']}: {len(x) / SAMPLE_RATE:.3f} s is shorter than one patch (0.175 s)"
+            f"{path}: {seconds:.3f} s is shorter than one patch (0.175 s)"
         )
+        peak = max(float(x.max()), -float(x.min()))
+        check(peak < LOUDEST, f"{path}: its samples reach {peak:g}, which is no sound")
+        gain = gain_for(peak)
+        x = (x / gain).round().clip(-32768, 32767).astype("<i2")
     except UserError as error:
-        return [], str(error)
+        return [], [("left out", str(error))]
+    except Exception as error:  # of whatever kind: it is this recording's, and the others go on
+        reason = f"{type(error).__name__}: {printable(str(error))}"
+        return [], [("left out", f"{path}: {reason}")]
 
     # the rest of a long one, if it is shorter than a patch, is dropped
     longest = int(row.get("max_seconds", max_seconds) * SAMPLE_RATE)
     starts = range(0, len(x) - MIN_SAMPLES + 1, longest)
     clips = [x[start : start + longest] for start in starts]
-    return [(clip, zlib.crc32(clip)) for clip in clips], ""
+    rest = len(x) - sum(map(len, clips))
+
+    notes = [(kind, str(detail)) for kind, detail in notes]
+    if gain != FULL_SCALE:
+        notes.append(("scaled", f"its peak is {peak:.3g}"))
+    if not x.any():
+        notes.append(("silent", "digital silence throughout"))
+    if len(clips) > 1 or rest:
+        dropped = f", the last {rest / SAMPLE_RATE:.3f} s dropped" if rest else ""
+        notes.append(("cut", f"{seconds:.2f} s, clips: {len(clips)}{dropped}"))
+    return [(clip, zlib.crc32(clip), gain) for clip in clips], notes
 
 
 def write_shard(folder, number, rows, read, max_seconds, workers, bar):
     """Write the audio of a run of recordings, and then the small file that vouches for it.
 
-    Its content is returned: the index of the clips, how many samples they have, a note per recording, why
-    it was left out, and a stamp of what it was made of: of other rows, or of files that have changed since,
-    the shard is made anew.
+    Its content is returned: the index of the clips, how many samples they have, notes, (path, kind, detail),
+    and a stamp of what it was made of: of other rows, or of files that have changed since, the shard is made
+    anew.
     """
     origin = repr([INDEX, max_seconds, rows, *map(file_stamp, rows)])
     stamp = hashlib.sha256(origin.encode()).hexdigest()
@@ -207,12 +286,14 @@ def write_shard(folder, number, rows, read, max_seconds, workers, bar):
 
     def write(file):
         decoded = in_order(partial(cut_recording, read, max_seconds), rows, workers)
-        for row, (clips, note) in enumerate(decoded, start=number * RUN):
-            for clip, crc in clips:
-                shard["index"].append((number, shard["samples"], len(clip), row, crc))
+        for row, (clips, notes) in enumerate(decoded):
+            for clip, crc, gain in clips:
+                first = shard["samples"]
+                entry = (number, first, len(clip), number * RUN + row, crc, gain)
+                shard["index"].append(entry)
                 shard["samples"] += len(clip)
                 file.write(clip)
-            shard["notes"].append(note)
+            shard["notes"] += [(rows[row]["path"], *note) for note in notes]
             bar.update()
 
     write_whole(folder / f"audio-{number:05d}.bin", write)
@@ -227,19 +308,27 @@ def write_json(path, content):
 def file_stamp(row):
     """Return size and time of a row's file."""
     try:
-        stat = os.stat(row["file"])
-        return stat.st_size, stat.st_mtime_ns
-    except (OSError, KeyError):
+        status = os.stat(row["file"])
+        return status.st_size, status.st_mtime_ns
+    except (OSError, KeyError, ValueError):
         return None
 
 
+def id_of(index):
+    """Return what tells a pack from others: a hash of its index, which has a checksum of each clip."""
+    return hashlib.sha256(index.view("u1")).hexdigest()[:16]
+
+
 def write_table(path, header, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+    """Write a csv file, whole or not at all. Names of any bytes come back as they were."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    content = text.getvalue().encode("utf-8", "surrogatepass")
+    write_whole(Path(path), lambda file: file.write(content))
 
 
 def fbank_stats(pack, clips=2000):
-    """Return mean and standard deviation of the filter bank of up to `clips` evenly spaced clips.
+    """Return mean and standard deviation of the filter bank of up to `clips` evenly spaced clips that sound.
 
     Clips of a test split are looked at only if there are no others.
     """
@@ -249,11 +338,17 @@ def fbank_stats(pack, clips=2000):
     count, total, squares = 0, 0.0, 0.0
     for i in tqdm(chosen, "fbank statistics", unit="clip", disable=None, leave=False):
         x = fbank(pack.wav(i)[None]).double().numpy()
+        if x.max() < LOG_FLOOR + 1e-3:  # silence says nothing about sounds
+            continue
         count += x.size
         total += x.sum()
         squares += (x**2).sum()
-    mean = total / count
-    std = math.sqrt(abs(squares / count - mean**2))
+    mean, std = LOG_FLOOR, 1.0
+    if count:
+        mean = float(total / count)
+        std = max(1e-3, math.sqrt(abs(squares / count - mean**2)))
+    else:
+        print(f"{pack.path}: nothing in it sounds; its statistics are mean {mean:.2f}, std {std}")
     return dict(fbank_mean=mean, fbank_std=std, front_end=FRONT_END)
 
 
@@ -261,41 +356,164 @@ def fbank_stats(pack, clips=2000):
 # reading
 
 
+CLIPS = ["path", "labels", "split", "group"]
+SKIPPED = ["path", "reason"]
+NOTES = ["path", "kind", "detail"]
+ONE_AT_A_TIME = threading.Lock()
+
+
+def whole(condition, path, problem):
+    """Raise UserError about a file of a pack unless the condition holds."""
+    check(condition, f"{path}: {problem}; the pack is damaged or was changed, make it again")
+
+
+def size_of(path):
+    """Return the size of a file. Raises UserError if it is a link, a pipe or the like, or not there."""
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        whole(False, path, error.strerror)
+    whole(stat.S_ISREG(status.st_mode), path, "a link, a folder or a pipe instead of a file")
+    return status.st_size
+
+
+def read_info(path):
+    """Read the pack.json of a pack. Raises UserError unless it holds what it has to."""
+    file = path / "pack.json"
+    check(
+        os.path.lexists(file),
+        f"{path} is not a pack, for it has no pack.json; to make one: python data.py --help"
+    )
+    size_of(file)
+    try:
+        info = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        whole(False, file, f"cannot be read ({error})")
+    whole(isinstance(info, dict), file, "holds no keys")
+    version = info.get("version")
+    check(version == 2, f"{file}: of version {version}, where this program has 2; make it again")
+
+    kinds = dict(id=str, source=str, classes=list, clips=int, shards=list)
+    for key, kind in kinds.items():
+        whole(isinstance(info.get(key), kind), file, f"its {key!r} is not a {kind.__name__}")
+    hours, classes = info.get("hours"), info["classes"]
+    whole(is_number(hours) and hours >= 0, file, f"holds {hours!r} hours")
+    named = all(isinstance(name, str) and name for name in classes)
+    whole(named and len(set(classes)) == len(classes), file, "a class is no name, or there twice")
+    counts = [type(samples) is int and 0 <= samples < 2**60 for samples in info["shards"]]
+    whole(all(counts), file, "the size of a shard is no number of samples")
+    return info
+
+
+def is_number(x):
+    return type(x) in (int, float) and math.isfinite(x)
+
+
+def read_index(file, info):
+    """Map the index of a pack. Raises UserError unless each of its clips can be where it says."""
+    size_of(file)
+    try:
+        index = np.load(file, mmap_mode="r").view(np.ndarray)
+    except Exception as error:
+        whole(False, file, f"cannot be read ({error})")
+    whole(
+        index.dtype in (INDEX, np.dtype(INDEX.descr[:-1])) and index.shape == (info["clips"],),
+        file,
+        "not the index of the clips that pack.json counts"
+    )
+    sizes = np.array(info["shards"], np.int64)
+    whole(len(index) and len(sizes), file, "no clips")
+    whole(id_of(index) == info["id"], file, "not what was written: its hash is not the id in pack.json")
+
+    shard, samples = index["shard"], index["samples"]
+    size = sizes[shard.clip(0, len(sizes) - 1)]
+    fits = (shard >= 0) & (shard < len(sizes)) & (index["row"] >= 0)
+    fits &= (samples >= MIN_SAMPLES) & (index["offset"] >= 0)
+    fits &= index["offset"] <= size - samples
+    gain = gain_of(index)
+    fits &= (gain > 0) & (gain < np.inf)
+    whole(fits.all(), file, f"clip {fits.argmin()} cannot be where, or what, it is said to be")
+    return index
+
+
+def gain_of(index):
+    """Return the gain of each clip, (clips,) float32. Packs used to have none."""
+    if "gain" in index.dtype.names:
+        return index["gain"].copy()
+    return np.full(len(index), FULL_SCALE, np.float32)
+
+
+def allow_files(count):
+    """Let this process open so many files more, where its system has a limit that one may raise."""
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.open(os.devnull, os.O_RDONLY)  # the lowest free number: about as many are open
+        os.close(free)
+        wanted = free + count + 256
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ImportError, ValueError, OSError):
+        pass  # if it is not enough, opening says so
+
+
+def read_at(file, out, position):
+    """Fill `out`, contiguous, from a position in a file; return how many bytes came. For threads at once."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [out], position)
+    if hasattr(os, "pread"):  # macOS
+        some = os.pread(file.fileno(), out.nbytes, position)
+        memoryview(out).cast("B")[: len(some)] = some
+        return len(some)
+    with ONE_AT_A_TIME:  # Windows
+        file.seek(position)
+        return file.readinto(out)
+
+
+def close_all(files):
+    for file in files:
+        file.close()
+
+
 class Pack:
-    """An opened pack. Audio and index stay on disk, shared by all processes, and are read when asked for."""
+    """An opened pack. Audio and index stay on disk, shared by all processes, and are read when asked for.
+
+    Raises UserError unless it is whole, as far as can be told without reading all of it.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
-        try:
-            self.info = json.loads((self.path / "pack.json").read_text())
-            self.index = np.load(self.path / "index.npy", mmap_mode="r").view(np.ndarray)
-            whole = self.info["version"] == 2 and len(self.index) == self.info["clips"]
-        except (OSError, ValueError, KeyError, EOFError):
-            whole = False
-        check(
-            whole,
-            f"{path} is not a pack, or a damaged one or one of another version; "
-            "make it: python data.py --help"
-        )
+        self.info = read_info(self.path)
+        self.index = read_index(self.path / "index.npy", self.info)
         self.classes = self.info["classes"]
-        self.samples = self.index["samples"].copy()
+        self.samples, self.gain = self.index["samples"].copy(), gain_of(self.index)
+        size_of(self.path / "clips.csv")
 
         # read by position, not mapped, so that resident memory stays flat; a file is open per shard
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.shards = []
+        weakref.finalize(self, close_all, self.shards)
+        allow_files(len(self.info["shards"]))
         for number, samples in enumerate(self.info["shards"]):
             file = self.path / f"audio-{number:05d}.bin"
-            size = file.stat().st_size if file.exists() else 0
-            check(
-                size == 2 * samples,
-                f"{file}: {size} bytes instead of {2 * samples}; the pack is damaged, make it again"
-            )
-            self.shards.append(open(file, "rb", buffering=0))
+            size = size_of(file)
+            whole(size == 2 * samples, file, f"{size} bytes instead of {2 * samples}")
+            try:
+                self.shards.append(open(file, "rb", buffering=0))
+            except OSError as error:
+                raise UserError(f"{file}: cannot be opened ({error.strerror}); see ulimit -n") from None
 
         # the statistics of another front end say nothing about this one
         if self.info.get("front_end", [16000, 400, 160, 128]) != FRONT_END:
             self.info |= fbank_stats(self)
+        mean, std = self.info.get("fbank_mean"), self.info.get("fbank_std")
+        whole(
+            is_number(mean) and is_number(std) and std > 0,
+            self.path / "pack.json",
+            f"fbank_mean {mean!r} and fbank_std {std!r} are no statistics"
+        )
 
     def __len__(self):
         return len(self.index)
@@ -303,7 +521,7 @@ class Pack:
     def read_into(self, out, i, start=0):
         """Fill `out`, contiguous int16, with clip i from sample `start` on. Threads may do so at once."""
         shard, offset, *_ = self.index[i].item()
-        read = os.preadv(self.shards[shard].fileno(), [out], 2 * (offset + start))
+        read = read_at(self.shards[shard], out, 2 * (offset + start))
         check(read == out.nbytes, f"{self.path}: shard {shard} is shorter than it was")
 
     def audio(self, i):
@@ -313,31 +531,62 @@ class Pack:
         return out
 
     def wav(self, i):
-        """Read clip i: (n,) float32 in [-1, 1]."""
-        return torch.from_numpy(self.audio(i) / np.float32(32768))
+        """Read clip i: (n,) float32, in [-1, 1] unless it was louder."""
+        return torch.from_numpy(self.audio(i) * self.gain[i])
 
-    def rows(self, name="clips.csv"):
-        """Read a table, a dict per recording."""
-        with open(self.path / name, newline="") as file:
-            return list(csv.DictReader(file))
+    def records(self, name, header):
+        """Yield the lines of a table below its header, each a list of str."""
+        path = self.path / name
+        size_of(path)
+        try:
+            with open(path, newline="", encoding="utf-8", errors="surrogatepass") as file:
+                lines = csv.reader(file)
+                whole(next(lines, None) == header, path, f"its header is not {','.join(header)}")
+                for fields in lines:
+                    whole(len(fields) == len(header), path, f"line {lines.line_num} is cut short")
+                    yield fields
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            whole(False, path, f"cannot be read ({error})")
+
+    def rows(self):
+        """Read clips.csv, a dict per recording."""
+        return [dict(zip(CLIPS, fields)) for fields in self.records("clips.csv", CLIPS)]
+
+    def names(self, clips):
+        """Return the paths of the recordings that clips are of, for messages."""
+        rows = self.rows()
+        return [f"{self.path}/{rows[row]['path']}" for row in self.index["row"][clips]]
 
     def skipped(self):
         """Return (path, reason) of the recordings that were left out."""
-        return [tuple(row.values()) for row in self.rows("skipped.csv")]
+        return list(map(tuple, self.records("skipped.csv", SKIPPED)))
+
+    def notes(self):
+        """Return (path, kind, detail) of what packing did to recordings. Packs used to have none."""
+        if not os.path.lexists(self.path / "notes.csv"):
+            return []
+        return list(map(tuple, self.records("notes.csv", NOTES)))
 
     @functools.cached_property
     def table(self):
         """The Labels of all recordings, and their splits, an array of str."""
         number = {name: i for i, name in enumerate(self.classes)}
         numbers, counts, splits, same = [], [], [], {}
-        with open(self.path / "clips.csv", newline="") as file:
-            lines = csv.reader(file)
-            next(lines)
-            for _, labels, split, _ in lines:
+        file = self.path / "clips.csv"
+        try:
+            for _, labels, split, _ in self.records("clips.csv", CLIPS):
                 some = [number[name] for name in labels.split(";") if name]
                 numbers += some
                 counts.append(len(some))
                 splits.append(same.setdefault(split, split))  # two million, but few of them differ
+        except KeyError as error:
+            whole(False, file, f"{error} is not a class in pack.json")
+        count, last = len(splits), self.index["row"].max()
+        whole(
+            last < count == self.info.get("recordings", count),
+            file,
+            f"lists {count} recordings, which are not those of the pack"
+        )
         return Labels(numbers, counts, len(self.classes)), np.array(splits)
 
 
@@ -474,7 +723,14 @@ def pack(recipe, args):
     if args.exclude:
         exclude(rows, args.exclude)
     read = getattr(recipe, "read", read_row)
-    write_pack(args.out, rows, read, classes, args.source, args.max_seconds, args.workers)
+    options = classes, args.source, args.max_seconds, args.workers
+    try:
+        write_pack(args.out, rows, read, *options)
+    except OSError as error:
+        raise UserError(
+            f"{args.out}: {error.strerror or error}; once that is mended (is the disk full?) the same "
+            "command goes on"
+        ) from None
 
 
 def describe(pack):
@@ -489,17 +745,22 @@ def describe(pack):
     recording = pack.index["row"]
     classes = np.array(pack.classes)[labels.pairs(recording)[1]]
     groups = {row["group"] for row in pack.rows()}
-    skipped = pack.skipped()
+    changes = []
+    for kind, count in Counter(kind for _, kind, _ in pack.notes()).most_common():
+        more = MORE.get(kind, "").format(seconds.max())
+        changes.append(f"{count} {kind} {more}".strip())
     print(
         f"{pack.path}: {len(pack)} clips of {seconds.min():.2f} to {seconds.max():.2f} s, "
         f"{info['hours']:.2f} h from {info['source']}\n"
         f"fbank mean {info['fbank_mean']:.5f} std {info['fbank_std']:.5f}\n"
         f"splits: {counts(split[recording])}\n"
         f"{len(groups)} groups\n"
-        f"classes: {counts(classes) or '(none)'}\n"
-        f"{len(skipped)} of {len(labels)} files skipped, listed in {pack.path / 'skipped.csv'}"
+        f"classes: {counts(classes) or '(none)'}"
     )
-    for _, reason in skipped[:10]:
+    if changes:
+        which = "skipped.csv, notes.csv say which"
+        print(f"of {len(labels)} recordings {', '.join(changes)}: {which}")
+    for _, reason in pack.skipped()[:10]:
         print("  " + reason)
 
 
@@ -510,6 +771,8 @@ def show_stats(args):
 def check_pack(args):
     """Raise UserError unless the audio of every clip is what it was when packed."""
     pack = Pack(args.pack)
+    for table in (pack.rows, pack.skipped, pack.notes):
+        table()  # is checked as it is read
     clips = tqdm(range(len(pack)), "checking", disable=None)
     damaged = [i for i in clips if zlib.crc32(pack.audio(i)) != pack.index["crc"][i]]
     check(

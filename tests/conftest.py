@@ -47,7 +47,7 @@ def official(golden, tmp_path):
 def random_encoder():
     """A micro encoder whose every parameter matters: nothing at zero or one."""
     torch.manual_seed(0)
-    encoder = Encoder(MICRO)
+    encoder = Encoder(dataclasses.replace(MICRO))
     for parameter in encoder.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return encoder.eval()
@@ -56,7 +56,8 @@ def random_encoder():
 def distilled():
     """A micro tokenizer of 32 codes, with its estimator."""
     torch.manual_seed(0)
-    made = SelfDistilledTokenizer(Encoder(MICRO), n_codes=32, code_dim=8, estimator_blocks=1, target_width=32)
+    encoder = Encoder(dataclasses.replace(MICRO))
+    made = SelfDistilledTokenizer(encoder, n_codes=32, code_dim=8, estimator_blocks=1, target_width=32)
     made.codebook.start_(torch.randn(500, 8))
     return made.eval()
 

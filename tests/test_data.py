@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 import data
 from audio import ROW, fbank, rows_in, samples_of
 from common import UserError
-from conftest import row_of
+from conftest import ROOT, row_of
 from data import Clips, Pack, Sounds, epoch_batches, mixed_batches
 from recipes import packs
 
@@ -55,7 +57,8 @@ def test_a_folder_becomes_a_pack(tmp_path, write_wav, capsys):
     assert pack.samples.tolist() == [4800, 16000, 160000, 160000, 80000]        # 25 s in three pieces
     data.main(["stats", f"{tmp_path}/pack"])
     out = capsys.readouterr().out
-    for text in ("2 of 5 files skipped", "text.wav: cannot be read as audio", "tiny.wav: 0.100 s is shorter"):
+    for text in ("of 5 recordings 2 left out, 1 cut into clips of at most 10 s: skipped.csv, notes.csv say",
+                 "text.wav: cannot be read as audio", "tiny.wav: 0.100 s is shorter"):
         assert text in out
 
 def test_a_table_becomes_a_pack(tmp_path, write_wav):
@@ -81,6 +84,17 @@ def test_mistakes_are_explained_and_leave_nothing(tmp_path, monkeypatch, table, 
     with pytest.raises(UserError, match=message):
         data.main(["csv", "meta.csv", "--out", "pack"])
     assert os.listdir() == ["meta.csv"]
+
+@pytest.mark.parametrize("command, message", [
+    ("toy --workers -1", "--workers -1: 0 to 1000"), ("toy --max_seconds nan", "--max_seconds nan: 0.175"),
+    ("toy --max_seconds -1", "--max_seconds -1"), ("toy --max_seconds inf", "--max_seconds inf"),
+    ("toy --clips 0", "--clips 0: 1 to"), ("toy --seed -1", "--seed -1: 0 to"),
+    ("toy --workers 100000", "--workers 100000"), ("voxlingua33 x --most -1", "--most -1: is not negative"),
+    ("toy --out /", "--out: has to name a folder")])
+def test_flags_out_of_range_are_named(tmp_path, command, message):
+    with pytest.raises(UserError, match=f"^{message}[^\n]*$"):
+        data.main(command.split()[:1] + ["--out", f"{tmp_path}/pack"] + command.split()[1:])
+    assert not os.listdir(tmp_path)
 
 def test_statistics_are_those_of_all_bins_by_this_front_end(ragged, tmp_path):
     pack = Pack(ragged)
@@ -111,18 +125,19 @@ def test_a_packing_killed_at_any_moment_goes_on_to_the_same_pack(tmp_path, monke
     def read(row):
         heard.append(row)
         return noise(row)
-    for moment in range(8 + 3 * 4 + 5):         # recordings; syncs and renames of shards, and at the end
+    # 8 recordings; syncs and renames: two files a shard, six files more, and the folder
+    for moment in range(8 + 3 * 4 + 6 * 2 + 1):
         out, partial = tmp_path / f"{moment}", tmp_path / f"{moment}.partial"
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             die_at(moment, patch)
             write_pack(out)
-        finished = sum(len(json.loads(path.read_text())["notes"]) for path in partial.glob("shard-*.json"))
+        finished = min(8, 3 * len(list(partial.glob("shard-*.json"))))
         heard.clear()
         write_pack(out, read=read)
         assert len(heard) == 8 - finished       # what is whole is not done again
         assert content(out) == whole
     audio = [f"audio-{shard:05d}.bin" for shard in range(3)]
-    assert sorted(whole) == [*audio, "clips.csv", "index.npy", "pack.json", "skipped.csv"]
+    assert sorted(whole) == [*audio, "clips.csv", "index.npy", "notes.csv", "pack.json", "skipped.csv"]
 
 def test_what_changes_while_a_packing_rests_is_made_anew(tmp_path, monkeypatch, write_wav):
     def pack(name, *options):
@@ -165,6 +180,331 @@ def test_a_pack_is_not_overwritten_and_damage_is_noticed(tmp_path, ragged):
     with pytest.raises(UserError, match="audio-00000.bin: .* bytes instead of .* make it again"):
         Pack(tmp_path / "pack")
 
+# ---- nothing lost, nothing silent
+
+def packed_folder(tmp_path, *flags):
+    """Return the pack of tmp_path/sounds."""
+    data.main(["folder", f"{tmp_path}/sounds", "--out", f"{tmp_path}/pack", *flags])
+    return Pack(tmp_path / "pack")
+
+def test_what_a_pack_changes_is_said_and_listed(tmp_path, write_wav, capsys):
+    x = sine(2)
+    write_wav("sounds/a/cancel.wav", np.stack([x, -x], 1))
+    write_wav("sounds/a/other_rate.wav", x, 44100)
+    write_wav("sounds/b/long.wav", sine(20.1))
+    write_wav("sounds/b/silent.wav", 0 * x)
+    write_wav("sounds/b/plain.wav", x)
+    capsys.readouterr()
+    pack = packed_folder(tmp_path)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("of 5 recordings")]
+    for text in ("1 resampled", "1 mixed down", "1 cancelled (the loudest channel is kept)", "1 silent",
+                 "1 cut into clips of at most 10 s", ": skipped.csv, notes.csv say which"):
+        assert text in line
+    assert {(path, kind) for path, kind, _ in pack.notes()} == {
+        ("a/cancel.wav", "mixed down"), ("a/cancel.wav", "cancelled"), ("a/other_rate.wav", "resampled"),
+        ("b/long.wav", "cut"), ("b/silent.wav", "silent")}
+    assert pack.notes()[-2] == ("b/long.wav", "cut", "20.10 s, clips: 2, the last 0.100 s dropped")
+    assert np.allclose(abs(pack.wav(0)), abs(x), atol=1e-4)     # not the mean
+
+def levels():
+    """Return sounds of all levels, and the largest error that a pack may make."""
+    noise = np.random.default_rng(0).uniform(-1, 1, 4000).astype(np.float32)
+    noise[:2] = -1, 1
+    return [(peak * noise, (1 if 2**-8 <= peak <= 1 else peak) * 2**-15)
+            for peak in (1.0, 0.5, 2**-8, 1.001, 9830.0, 2.0**31, 2**-9, 3.2e-6, 1e-30)]
+
+def test_levels_are_kept_from_24_bits_to_floats_beyond_full_scale(tmp_path):
+    sounds = levels()
+    data.write_pack(tmp_path / "pack", list(map(row_of, range(9))), lambda row: sounds[int(row["path"])][0])
+    pack = Pack(tmp_path / "pack")
+    batch = Clips([pack])[[(clip, 0) for clip in range(9)]]
+    heard = data.to_device(batch, CPU)["wav"]
+    for clip, (x, error) in enumerate(sounds):
+        assert abs(pack.wav(clip).numpy() - x).max() <= error
+        assert torch.equal(heard[clip], pack.wav(clip)[:heard.shape[1]])
+        assert np.frexp(pack.gain[clip])[0] == 0.5              # a power of two
+    assert pack.gain[:3].tolist() == 3 * [1 / 32768]
+    scaled = [path for path, kind, _ in pack.notes() if kind == "scaled"]
+    assert scaled == list("345678")
+
+def test_sixteen_bits_come_back_bit_for_bit_however_quiet(tmp_path):
+    sounds = [np.linspace(-most, most, 4000).round() for most in (1, 2, 127, 128, 32767)]
+    data.write_pack(tmp_path / "pack", list(map(row_of, range(5))),
+                    lambda row: (sounds[int(row["path"])] / 32768).astype(np.float32))
+    pack = Pack(tmp_path / "pack")
+    for clip, x in enumerate(sounds):
+        assert np.array_equal(pack.wav(clip) * 32768, x)
+
+def test_a_pack_without_gains_is_read_as_it_was(ragged, tmp_path):
+    path, pack = shutil.copytree(ragged, tmp_path / "pack"), Pack(ragged)
+    index = np.array(pack.index[["shard", "offset", "samples", "row", "crc"]].tolist(),
+                     np.dtype(packs.INDEX.descr[:-1]))
+    np.save(path / "index.npy", index)
+    (path / "notes.csv").unlink()
+    info = pack.info | dict(id=packs.id_of(index))
+    del info["recordings"]
+    (path / "pack.json").write_text(json.dumps(info))
+    old = Pack(path)
+    assert torch.equal(old.wav(3), pack.wav(3))
+    assert old.notes() == []
+    data.main(["check", str(path)])
+
+def test_names_of_any_bytes_are_packed_and_read_back(tmp_path, write_wav):
+    names = ["new\nline", "cr\rx", " lead", "com,ma", 'quo"te', "semi;colon", "\U0001f600", "a\\b", "tab\t"]
+    for name in names:
+        write_wav(f"sounds/a/{name}.wav", sine(0.5))
+    for folder, name in ((b"a", b"caf\xe9.wav"), (b"\xff", b"x.wav")):
+        target = os.path.join(os.fsencode(tmp_path / "sounds"), folder)
+        os.makedirs(target, exist_ok=True)
+        shutil.copy(tmp_path / "sounds/a/ lead.wav", os.path.join(target, name))
+    pack = packed_folder(tmp_path)
+    paths = {row["path"]: row["labels"] for row in pack.rows()}
+    lines = [re.sub("[\n\r\t]", lambda match: f"\\x{ord(match[0]):02x}", name) for name in names]
+    assert paths == {f"a/{name}.wav": "a" for name in [*lines, "caf\\xe9"]} | {"\\xff/x.wav": "\\xff"}
+    assert pack.table[0].counts.tolist() == 11 * [1]
+    data.main(["check", f"{tmp_path}/pack"])
+
+def test_names_that_a_caller_made_of_surrogates_come_back(tmp_path):
+    rows = [row_of("caf\udce9", ["\ud800"]), row_of("b", ["x"])]
+    data.write_pack(tmp_path / "pack", rows, lambda row: sine(1))
+    assert [row["path"] for row in Pack(tmp_path / "pack").rows()] == ["caf\udce9", "b"]
+    assert Pack(tmp_path / "pack").table[0].counts.tolist() == [1, 1]
+
+@pytest.mark.parametrize("error", [MemoryError(), TypeError("x"), KeyError("x"), OSError(5, "x"),
+                                   RecursionError()])
+def test_whatever_goes_wrong_in_one_recording_is_its_reason_alone(tmp_path, error):
+    def read(row):
+        if row["path"] == "1":
+            raise error
+        return sine(1)
+    data.write_pack(tmp_path / "pack", list(map(row_of, range(4))), read)
+    pack = Pack(tmp_path / "pack")
+    [(path, reason)] = pack.skipped()
+    assert path == "1" and reason.startswith(f"1: {type(error).__name__}")
+    assert pack.index["row"].tolist() == [0, 2, 3]
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
+def test_numbers_that_are_no_sound_are_left_out(tmp_path, value):
+    sounds = sine(1), np.full(16000, value, np.float32)
+    data.write_pack(tmp_path / "pack", [row_of(0), row_of(1)], lambda row: sounds[int(row["path"])])
+    pack = Pack(tmp_path / "pack")
+    assert "1: its samples reach" in pack.skipped()[0][1]
+
+def test_a_header_that_floods_the_pack_is_not_believed(tmp_path, write_wav, monkeypatch):
+    write_wav("sounds/a/x.wav", sine(1))
+    write_wav("sounds/b/y.wav", sine(1))
+    decode = packs.decode
+    def flooding(path, start, end):
+        x, notes = decode(path, start, end)
+        return (np.tile(x, 9000) if path.name == "x.wav" else x), notes
+    monkeypatch.setattr(packs, "decode", flooding)
+    [(path, reason)] = packed_folder(tmp_path).skipped()
+    assert re.search("x.wav: 9000 s of sound in 32044 bytes: its header cannot be right", reason)
+
+def test_statistics_are_of_what_sounds_and_silence_alone_has_usable_ones(tmp_path, capsys):
+    loud = np.random.default_rng(0).uniform(-0.5, 0.5, 16000).astype(np.float32)
+    rows = list(map(row_of, range(12)))
+    stats = []
+    for name, sounds in (("one", [11]), ("all", range(12)), ("none", [])):
+        data.write_pack(tmp_path / name, rows, lambda row: loud * (int(row["path"]) in sounds))
+        stats.append(Pack(tmp_path / name).info)
+    values = fbank(torch.from_numpy((loud * 32768).round() / 32768)[None])
+    for info in stats[:2]:
+        assert info["fbank_mean"] == pytest.approx(values.mean().item(), rel=1e-4)
+        assert info["fbank_std"] == pytest.approx(values.std().item(), rel=1e-3)
+    assert stats[2]["fbank_std"] == 1
+    assert "nothing in it sounds" in capsys.readouterr().out
+
+def test_a_recording_without_a_label_among_labelled_ones_is_said(tmp_path, capsys):
+    data.write_pack(tmp_path / "pack", [row_of(0, "a"), row_of(1), row_of(2, "b")], lambda row: sine(1))
+    assert "of 3 recordings 1 without a label though others have one" in capsys.readouterr().out
+    assert Pack(tmp_path / "pack").notes() == [("1", "without a label", "")]
+    data.write_pack(tmp_path / "bare", [row_of(0), row_of(1)], lambda row: sine(1))
+    assert "without a label" not in capsys.readouterr().out
+
+@pytest.mark.parametrize("text, kept", [
+    (b"", ["one", "two"]), (b"\xef\xbb\xbfone\r\n\r\n", ["two"]), ("two.wav\n".encode("utf-16"), ["one"]),
+    (b"  a/one.wav  \r\nnobody", ["two"])])
+def test_an_exclude_list_may_be_empty_or_from_windows(tmp_path, write_wav, text, kept):
+    for name in ("one", "two"):
+        write_wav(f"sounds/a/{name}.wav", sine(1))
+    (tmp_path / "list.txt").write_bytes(text)
+    pack = packed_folder(tmp_path, "--exclude", f"{tmp_path}/list.txt", "--folders", "classes")
+    assert [pack.rows()[row]["path"] for row in pack.index["row"]] == [f"a/{name}.wav" for name in kept]
+
+def test_a_name_with_spaces_can_be_excluded_and_a_pack_of_less_than_a_second_used(tmp_path, write_wav):
+    for name in (" one ", "two"):
+        write_wav(f"sounds/a/{name}.wav", sine(0.176))
+    (tmp_path / "list.txt").write_text(" one .wav\n")
+    flags = ["--exclude", f"{tmp_path}/list.txt", "--folders", "nothing"]
+    pack = packed_folder(tmp_path, *flags)
+    assert len(pack) == 1
+    assert Sounds(str(pack.path), 0.0, 1.0).fbank_stats()["fbank_mean"] == pack.info["fbank_mean"]
+
+def test_a_second_packing_under_one_name_is_refused(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "pack.partial").mkdir()
+    with open(tmp_path / "pack.partial/.pack.lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="pack.partial.*another process is writing it"):
+            write_pack(tmp_path / "pack")
+    write_pack(tmp_path / "pack")
+    assert not list((tmp_path / "pack").glob(".*"))
+
+# ---- packs are not trusted
+
+def of_index(change):
+    """Return what edits the index of a pack, and its id with it."""
+    def edit(path):
+        index, info = np.load(path / "index.npy"), json.loads((path / "pack.json").read_text())
+        index = change(index) if callable(change) else index
+        np.save(path / "index.npy", index)
+        (path / "pack.json").write_text(json.dumps(info | dict(id=packs.id_of(index), clips=len(index))))
+    return edit
+
+def at(name, value):
+    """Return what edits one field of clip 3."""
+    def change(index):
+        index[name][3] = value
+        return index
+    return of_index(change)
+
+def of_info(**values):
+    """Return what edits pack.json; None removes a key."""
+    def edit(path):
+        info = json.loads((path / "pack.json").read_text()) | values
+        text = json.dumps({key: value for key, value in info.items() if value is not None})
+        (path / "pack.json").write_text(text)
+    return edit
+
+def of_text(name, old, new):
+    """Return what edits a table."""
+    def edit(path):
+        text = (path / name).read_text()
+        assert old in text
+        (path / name).write_text(text.replace(old, new, 1))
+    return edit
+
+def of_bytes(name, content):
+    return lambda path: (path / name).write_bytes(content)
+
+def instead_of(name, make):
+    """Return what puts something else where a file was."""
+    def edit(path):
+        os.replace(path / name, path.parent / "moved")
+        make(path / name)
+    return edit
+
+def link(path):
+    os.symlink(path.parent.parent / "moved", path)
+
+BAD_PACKS = dict(
+    negative_samples=(at("samples", -100), "index.npy: clip 3 cannot be"),
+    short=(at("samples", 2799), "clip 3"), long=(at("samples", 2**31 - 1), "clip 3"),
+    negative_row=(at("row", -3), "clip 3"), row_beyond=(at("row", 24), "clips.csv: lists 24 recordings"),
+    negative_offset=(at("offset", -1), "clip 3"), far_offset=(at("offset", 2**63 - 1), "clip 3"),
+    shard=(at("shard", 8), "clip 3"), negative_shard=(at("shard", -1), "clip 3"),
+    gain=(at("gain", np.nan), "clip 3"), no_gain=(at("gain", 0), "clip 3"),
+    dtype=(of_index(lambda index: index["samples"].astype("f8")), "index.npy: not the index of the clips"),
+    shape=(of_index(lambda index: index[None]), "index.npy: not the index"),
+    empty=(of_index(lambda index: index[:0]), "no clips"),
+    cut=(of_bytes("index.npy", b"x"), "index.npy: cannot be read"),
+    pickle=(lambda path: np.save(path / "index.npy", np.array([{}]), allow_pickle=True), "cannot be read"),
+    edited=(lambda path: np.save(path / "index.npy", np.load(path / "index.npy")[::-1]), "its hash is not"),
+    nan=(of_info(fbank_mean=float("nan")), "pack.json: fbank_mean nan"),
+    std=(of_info(fbank_std=0.0), "fbank_std 0.0"), text=(of_info(fbank_std="1"), "fbank_std '1'"),
+    no_mean=(of_info(fbank_mean=None), "fbank_mean None"), no_classes=(of_info(classes=None), "'classes'"),
+    no_id=(of_info(id=None), "'id' is not a str"), twice=(of_info(classes=["a", "a"]), "a class is no name"),
+    numbers=(of_info(classes=[1, 2]), "a class is no name"), hours=(of_info(hours="x"), "hours"),
+    version=(of_info(version=3), "of version 3, where"), clips=(of_info(clips=7), "not the index of the"),
+    shards=(of_info(shards=["a"]), "size of a shard"), fewer=(of_info(shards=[1]), "clip 0 cannot be"),
+    deep=(of_bytes("pack.json", b"[" * 100_000), "pack.json: cannot be read"),
+    list=(of_bytes("pack.json", b"[]"), "holds no keys"), latin=(of_bytes("pack.json", b"\xe9"), "cannot be"),
+    unknown=(of_info(classes=["a", "c"]), "clips.csv: 'b' is not a class"),
+    line=(of_text("clips.csv", "3,b,1,\n", ""), "clips.csv: lists 23 recordings"),
+    field=(of_text("clips.csv", "3,b,1,", "3,b"), "clips.csv: line 5 is cut short"),
+    header=(of_text("clips.csv", "path,", "paths,"), "clips.csv: its header is not"),
+    binary=(of_bytes("clips.csv", b"path,labels,split,group\n\xff,,,\n"), "clips.csv: cannot be read"),
+    no_table=(lambda path: (path / "clips.csv").unlink(), "clips.csv: No such file"),
+    no_skipped=(lambda path: (path / "skipped.csv").unlink(), "skipped.csv: No such file"),
+    no_shard=(lambda path: (path / "audio-00000.bin").unlink(), "audio-00000.bin: No such file"),
+    pipe=(instead_of("audio-00000.bin", os.mkfifo), "audio-00000.bin: a link, a folder or a pipe"),
+    link=(instead_of("audio-00000.bin", link), "audio-00000.bin: a link"),
+    folder=(instead_of("audio-00000.bin", os.mkdir), "audio-00000.bin: a link, a folder"),
+    index_pipe=(instead_of("index.npy", os.mkfifo), "index.npy: a link, a folder or a pipe"),
+    info_pipe=(instead_of("pack.json", os.mkfifo), "pack.json: a link, a folder or a pipe"),
+    table_pipe=(instead_of("clips.csv", os.mkfifo), "clips.csv: a link, a folder or a pipe"))
+
+@pytest.mark.parametrize("kind", BAD_PACKS)
+def test_an_edited_or_damaged_pack_is_refused_in_one_line(ragged, tmp_path, kind):
+    edit, message = BAD_PACKS[kind]
+    path = shutil.copytree(ragged, tmp_path / "pack", ignore=shutil.ignore_patterns("codes-*"))
+    edit(path)
+    with pytest.raises(UserError, match=f"^{path}[^\n]*{re.escape(message)}[^\n]*$"):
+        pack = Pack(path)
+        pack.table, pack.skipped()
+
+# ---- other systems
+
+def test_audio_is_read_alike_without_preadv_and_without_pread_by_many_threads(ragged, monkeypatch):
+    pack = Pack(ragged)
+    due = [pack.audio(i) for i in range(len(pack))]
+    for name in ("preadv", "pread"):
+        monkeypatch.delattr(os, name)
+        for _ in range(10):
+            for x, y in zip(packs.in_order(pack.audio, range(len(pack)), 4), due):
+                assert np.array_equal(x, y)
+
+def test_limits_of_open_files_are_raised_only_where_needed_and_never_in_the_way(ragged, monkeypatch):
+    resource = pytest.importorskip("resource")
+    infinite, asked = resource.RLIM_INFINITY, []
+    for limits, files, due in (((256, infinite), 8, True), ((256, infinite), 4000, True),
+                               ((256, 1024), 4000, 1024), ((9999, infinite), 8, False),
+                               ((infinite, infinite), 4000, False)):
+        asked.clear()
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: limits)
+        monkeypatch.setattr(resource, "setrlimit", lambda kind, wanted: asked.append(wanted))
+        packs.allow_files(files)
+        if due:
+            [(soft, hard)] = asked
+            assert hard == limits[1]
+            assert soft == 1024 if due == 1024 else files + 256 < soft < files + 1256
+        assert bool(asked) == bool(due)
+    def refused(kind, wanted):
+        raise ValueError("not allowed to raise maximum limit")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, infinite))
+    monkeypatch.setattr(resource, "setrlimit", refused)
+    packs.allow_files(4000)
+    assert len(Pack(ragged)) == 24
+
+WINDOWS = """
+import os, sys
+for name in ("fcntl", "resource"):
+    sys.modules[name] = None
+for name in ("preadv", "pread"):
+    delattr(os, name)
+import numpy as np
+import torch
+import data
+from tokenizer import RandomProjectionTokenizer
+for path in sys.argv[1:]:
+    data.write_pack(path, [dict(path="x", labels=[], split="", group="")], lambda row: np.ones(9000) / 2)
+    pack = data.Pack(path)
+    data.cached_codes(RandomProjectionTokenizer(), pack, torch.device("cpu"))
+    print(pack.wav(0)[0])
+del pack
+data.Pack(path).wav(0)
+left_open = data.Pack(path)
+"""
+
+def test_a_system_without_fcntl_resource_and_preadv_packs_and_leaves_no_file_open(tmp_path):
+    command = [sys.executable, "-W", "error::ResourceWarning",
+               "-c", WINDOWS, f"{tmp_path}/a", f"{tmp_path}/b"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tensor(0.5000)") == 2
+    assert "Warning" not in done.stderr
+
 # ---- batches
 
 def test_an_epoch_holds_each_clip_once_within_the_batch_size():
@@ -175,6 +515,31 @@ def test_an_epoch_holds_each_clip_once_within_the_batch_size():
     padded = [len(batch) * samples[batch].max() for batch in batches]
     assert max(padded) <= 800000
     assert sum(padded) < 1.15 * samples.sum()
+
+def test_epochs_and_seeds_have_orders_crops_and_noise_of_their_own(toy):
+    sounds, plans, heard = Sounds(toy, 2.56, 20.48), [], set()
+    for sounds.seed in (0, 1):
+        plans += [np.concatenate(sounds.plan(epoch)).tolist() for epoch in (0, 1)]
+        dealt = data.deal(sounds.plan, sounds.seed)
+        items = [item for _ in range(2 * len(sounds.plan(0))) for item in next(dealt)[0]]
+        heard.update(item[1:] for item in items)
+    assert len(set(map(tuple, plans))) == 4
+    assert len(heard) == sum(map(len, plans))           # keys of what is random
+    assert max(map(len, sounds.plan(0))) == 8           # 20.48 s
+    assert not np.array_equal(*[np.concatenate(Sounds(toy, 0.0, 9.0, seed=seed).valid) for seed in (0, 1)])
+
+def test_batches_of_short_and_long_clips_come_in_any_order():
+    samples = np.arange(1000, 2000)
+    lengths = [samples[batch].mean() for batch in epoch_batches(samples, 40_000, (0, 0))]
+    assert abs(np.corrcoef(lengths[:-1], lengths[1:])[0, 1]) < 0.5      # sorted it would be 1
+
+def test_samples_are_shares_of_full_scale_and_what_is_padded_is_not_valid():
+    wav = torch.tensor([[-32768, 16384] * 4000, [8192] * 3000 + [0] * 5000], dtype=torch.int16)
+    batch = data.to_device(dict(wav=wav, lengths=torch.tensor([8000, 3000])), CPU)
+    assert batch["wav"][:, :2].tolist() == [[-1, 0.5], [0.25, 0.25]]
+    assert batch["valid"].sum(1).tolist() == [24, 8]
+    assert torch.equal(batch["mask"], batch["valid"])
+    assert data.to_device(dict(wav=wav, lengths=torch.tensor([8000, 7950])), CPU)["mask"] is None
 
 def test_no_rank_stays_without_a_clip():
     for n in range(1, 260):
@@ -356,10 +721,10 @@ def test_codes_are_computed_once_finished_after_a_kill_and_refused_if_damaged(pa
     first, second, third = sorted(pack.path.glob("codes-*/*"))
     whole = second.read_bytes()
     os.replace(second, f"{second}.123.partial")         # as a kill before the rename leaves it
-    third.write_bytes(first.read_bytes())
+    third.write_bytes(other := third.read_bytes()[:-2] + b"\1\0")
     data.cached_codes(distilled, pack, CPU)
     assert second.read_bytes() == whole
-    assert third.read_bytes() == first.read_bytes()     # nobody computed it again
+    assert third.read_bytes() == other                  # nobody computed it again
     os.truncate(first, first.stat().st_size - 2)
     with pytest.raises(UserError, match=f"{first}: .*; remove it, it is made again"):
         data.cached_codes(distilled, pack, CPU)
@@ -372,6 +737,54 @@ def test_another_tokenizer_has_codes_of_its_own(pack, distilled):
     data.cached_codes(distilled, pack, CPU)
     assert len(list(pack.path.glob("codes-*"))) == 3
 
+def test_codes_of_two_dtypes_do_not_mix(pack, distilled):
+    for dtype in ("float32", "bfloat16", "float32"):
+        data.cached_codes(distilled, pack, CPU, dtype)
+    assert len(list(pack.path.glob("codes-*"))) == 2
+
+@pytest.mark.parametrize("content, message", [
+    (np.full((10, 48), 32, np.uint16), "holds code 32, where there are 32"),
+    (np.zeros((10, 40), np.uint16), r"uint16 of shape \(10, 40\) instead of uint16 of \(10, 48\)"),
+    (np.zeros((10, 48), np.int16), "int16 of shape"), (np.zeros(480), "float64 of shape")])
+def test_codes_that_cannot_be_are_refused_in_one_line(pack, distilled, content, message):
+    data.cached_codes(distilled, pack, CPU)
+    first = min(pack.path.glob("codes-*/*"))
+    np.save(first, content)
+    with pytest.raises(UserError, match=f"^{first}: {message}[^\n]*; remove it, it is made again$"):
+        data.cached_codes(distilled, pack, CPU)
+    first.unlink()
+    data.cached_codes(distilled, pack, CPU)
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_codes_that_are_no_file_are_refused_and_nothing_hangs(pack, distilled, make):
+    data.cached_codes(distilled, pack, CPU)
+    first = min(pack.path.glob("codes-*/*"))
+    first.unlink()
+    make(first)
+    with pytest.raises(UserError, match=f"^{first}: missing, or a link or a pipe"):
+        data.cached_codes(distilled, pack, CPU)
+
+def test_a_full_disk_leaves_no_codes_behind(pack, distilled, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="codes-.*No space left.*write to"):
+        patch.setattr(os, "fsync", full)
+        data.cached_codes(distilled, pack, CPU)
+    assert not list(pack.path.glob("codes-*/*"))
+    data.cached_codes(distilled, pack, CPU)
+
+def test_a_full_disk_ends_a_packing_that_goes_on_later(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", full)
+        write_pack(tmp_path / "pack")
+    assert not list((tmp_path / "pack.partial").glob("audio*"))
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="toy: No space .*same command"):
+        patch.setattr(os, "fsync", full)
+        data.main(["toy", "--clips", "3", "--out", f"{tmp_path}/toy"])
+    assert content(write_pack(tmp_path / "pack").path) == content(write_pack(tmp_path / "other").path)
+
 # ---- at the size of AudioSet
 
 def resident_megabytes():
@@ -382,12 +795,13 @@ def test_two_million_clips_open_fast_with_little_memory(tmp_path):
     number = np.arange(2_000_000)
     index = np.zeros(len(number), packs.INDEX)
     index["shard"], index["offset"] = number // 500, number % 500 * 160_000
-    index["samples"], index["row"] = 160_000, number
+    index["samples"], index["row"], index["gain"] = 160_000, number, 2**-15
     np.save(tmp_path / "index.npy", index)
     for shard in range(4000):
         with open(tmp_path / f"audio-{shard:05d}.bin", "wb") as file:
             file.truncate(500 * 320_000)        # a hole: no disk space
-    info = dict(version=2, source="", classes=["a", "b"], clips=len(number), shards=[500 * 160_000] * 4000)
+    info = dict(version=2, id=packs.id_of(index), source="", classes=["a", "b"], clips=len(number), hours=1.0,
+                shards=[500 * 160_000] * 4000, fbank_mean=0.0, fbank_std=1.0)
     (tmp_path / "pack.json").write_text(json.dumps(info))
     (tmp_path / "clips.csv").write_text("path,labels,split,group\n" + 1_000_000 * "x,b,train,\ny,a;b,test,\n")
 

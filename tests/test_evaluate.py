@@ -79,8 +79,24 @@ def test_a_recording_without_a_label_is_left_out_and_said(tmp_path, capsys):
 def test_a_split_of_which_nothing_has_a_label_is_refused(tmp_path):
     rows = [row_of(0, "a", "train"), row_of(1, "b", "train"), row_of(2, split="test")]
     data.write_pack(tmp_path / "pack", rows, lambda row: np.linspace(-1, 1, 8000)**3)
-    with pytest.raises(UserError, match="nothing in train, or in test, has a label"):
+    with pytest.raises(UserError, match="nothing in test has a label"):
         evaluate.main(data=f"{tmp_path}/pack", model="micro", device="cpu", out_dir=str(tmp_path))
+
+def test_a_test_split_in_which_no_class_occurs_is_refused(tmp_path):
+    rows = [row_of(0, "ab", "train"), row_of(1, "b", "train"), row_of(2, split="test")]
+    data.write_pack(tmp_path / "pack", rows, lambda row: np.linspace(-1, 1, 8000)**3)
+    with pytest.raises(UserError, match="nothing in test has a label"):
+        evaluate.main(data=f"{tmp_path}/pack", probe="mlp", model="micro", device="cpu", out_dir="out")
+
+@pytest.mark.parametrize("init", ["out/mam:iter1.pt", "C:/models/beats.pt", "http://host/beats.pt"])
+def test_a_file_with_a_colon_in_its_name_is_not_imported(init):
+    with pytest.raises(UserError, match="no such checkpoint"):
+        evaluate.open_encoder(init)
+
+def test_features_that_are_not_finite_are_refused(random_encoder, ragged):
+    random_encoder.ln.weight.data.fill_(1e38)
+    with pytest.raises(UserError, match="features of ragged: some are not finite"):
+        evaluate.extract(random_encoder, Pack(ragged), np.arange(3), torch.device("cpu"))
 
 # ---- recordings that were cut
 
@@ -144,6 +160,85 @@ def test_probes_learn(several):
     for scores, least in ((linear, 0.98), (knn, 0.98), (mlp, 0.8)):
         assert evaluate.score(scores, y_test, several) > least
     assert torch.equal(mlp, again)              # seeded
+
+@pytest.mark.parametrize("probe", ["linear", "mlp", "knn"])
+def test_a_score_does_not_depend_on_what_else_is_tested(probe):
+    torch.manual_seed(0)
+    x, y, x_test = torch.randn(60, 8), F.one_hot(torch.arange(60) % 3).bool(), 5 * torch.randn(9, 8) + 3
+    def scores(x_test):
+        if probe == "mlp":
+            return evaluate.mlp_probe(x, y, x[:20], y[:20], x_test)
+        return {"linear": evaluate.linear_probe, "knn": evaluate.knn_probe}[probe](x, y, x_test)
+    torch.testing.assert_close(scores(x_test[4:5]), scores(x_test)[4:5])
+
+def test_a_linear_probe_is_the_minimum_of_its_loss_on_all_clips_by_the_penalty_that_is_best_on_a_fifth():
+    torch.manual_seed(0)
+    label, penalties = torch.arange(90) % 3, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    x, y = torch.randn(90, 12) * torch.arange(1, 13) + 2, F.one_hot(label).bool()
+    x[:, :3] += 0.7 * y * torch.arange(1, 4)
+
+    # scores of the mean clip are the bias, and of clips one standard deviation away a row of the weights more
+    mean, std = x.mean(0), x.std(0)
+    scores = evaluate.linear_probe(x, y, torch.cat([mean + torch.diag(std), mean[None]])).double()
+    weights, bias = scores[:12] - scores[12], scores[12]
+    z = ((x - mean) / std).double()
+    error = (z @ weights + bias).softmax(1) - y.double()        # the slope of the cross-entropy in the scores
+    slope = z.T @ error / 90
+    penalty = -(slope * weights).sum() / weights.square().sum()
+    assert (slope + penalty * weights).abs().max() < 1e-4
+    assert error.mean(0).abs().max() < 1e-4                     # there is no penalty on the bias
+
+    held = torch.randperm(90, generator=torch.Generator().manual_seed(0)) % 5 == 0
+    values = []
+    for penalty_tried in penalties:
+        fitted = evaluate.fit_linear(z[~held], y[~held], penalty_tried)
+        values.append(((z[held] @ fitted[:-1] + fitted[-1]).argmax(1) == label[held]).double().mean().item())
+    assert len(set(values)) > 1
+    assert penalty.item() == pytest.approx(penalties[values.index(max(values))], rel=0.05)
+
+def test_an_mlp_is_that_of_the_best_epoch_on_valid_and_of_its_seed(monkeypatch):
+    torch.manual_seed(0)
+    label, values, score = torch.randint(3, (900,)), [], evaluate.score
+    x, y = torch.randn(900, 8) + 0.5 * F.one_hot(label, 8), F.one_hot(label).bool()
+    y[600:] = y[600:].roll(1, 1)                # so that it gets worse and worse
+    parts = x[:600], y[:600], x[600:], y[600:], x[600:]
+    def noticed(*args):
+        values.append(score(*args))
+        return values[-1]
+    monkeypatch.setattr(evaluate, "score", noticed)
+    best, other = evaluate.mlp_probe(*parts), evaluate.mlp_probe(*parts, seed=1)
+    assert len(values) == 2 * 10
+    assert score(best, y[600:], False) == max(values[:10]) > values[9]
+    assert not torch.equal(best, other)
+
+def test_epochs_of_an_mlp_are_chosen_on_the_valid_split(tagged, random_encoder, monkeypatch):
+    pack = Pack(tagged)
+    splits, labels, several = evaluate.task_of(evaluate.Config(data=tagged), pack)
+    frozen = evaluate.Frozen(random_encoder, pack, splits, labels, CPU, "float32")
+    monkeypatch.setattr(evaluate, "mlp_probe", lambda *args: args)
+    _, _, x_valid, y_valid, x_test, *_ = frozen.probe("mlp", splits[""], several)
+    assert torch.equal(x_valid, frozen.x[10:20])
+    assert torch.equal(y_valid, labels[np.arange(10, 20)])
+    assert torch.equal(x_test, frozen.x[20:])
+
+def test_of_several_folds_mean_and_standard_deviation_are_printed(capsys):
+    evaluate.print_results({"1": 0.5, "2": 0.6, "3": 0.8}, "accuracy", "x")
+    assert "x: accuracy 63.3 +- 15.3 % over 3 folds" in capsys.readouterr().out     # of a sample: n - 1
+
+def test_another_seed_is_another_encoder_from_scratch(ragged, tmp_path):
+    scores = []
+    for seed in (1, 1, 2):
+        flags = dict(data=ragged, fold="1", probe="knn", model="micro", device="cpu", out_dir=str(tmp_path))
+        evaluate.main(seed=seed, **flags)
+        scores.append(np.load(tmp_path / "knn_ragged_fold1.npz")["scores"])
+    assert np.array_equal(scores[0], scores[1])
+    assert not np.array_equal(scores[1], scores[2])
+
+def test_the_probe_score_of_an_encoder_is_the_mean_over_folds(ragged, random_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_encoder", lambda *args, **kwargs: random_encoder)
+    values = evaluate.main(data=ragged, init="x.pt", device="cpu", out_dir=str(tmp_path), dtype="float32")
+    score = evaluate.probe_score(random_encoder, Pack(ragged), CPU, "float32")
+    assert score == pytest.approx(np.mean(list(values.values())))
 
 def test_nearest_neighbours_are_their_definition():
     random = np.random.default_rng(0)

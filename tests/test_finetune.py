@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common
 import data
 import finetune
 from audio import fbank, patchify
@@ -24,14 +25,21 @@ def seeded(seed=0):
 
 # ---- recipes
 
-def test_a_preset_gives_way_to_the_checkpoint_and_that_to_flags(ragged, tmp_path):
+def test_a_preset_gives_way_to_the_checkpoint_and_that_to_flags(ragged, tmp_path, monkeypatch):
+    made, make_optimizer = [], common.make_optimizer
+    def noticed(*args, **more):
+        made.append(make_optimizer(*args, **more))
+        return made[-1]
+    monkeypatch.setattr(common, "make_optimizer", noticed)
     flags = dict(data=ragged, task="ks2", out_dir=str(tmp_path), fold="1", model="micro", device="cpu")
     flags |= dict(best=False)
-    finetune.main(max_steps=1, mixup=0.1, **flags)
-    finetune.main(max_steps=2, lr=7e-4, weight_decay=0.5, resume=True, **flags)
+    finetune.main(max_steps=1, mixup=0.1, head_lr=2.0, **flags)
+    finetune.main(max_steps=2, lr=7e-4, weight_decay=0.5, head_lr=1.0, resume=True, **flags)
     ckpt = torch.load(tmp_path / "finetune_ragged_fold1.pt", weights_only=True)
     assert (ckpt["config"]["lr"], ckpt["config"]["mixup"]) == (7e-4, 0.1)
-    assert {group["weight_decay"] for group in ckpt["optimizer"]["param_groups"]} == {0.0, 0.5}
+    assert [{group["weight_decay"] for group in x.param_groups} for x in made] == [{0.0, 0.01}, {0.0, 0.5}]
+    assert [{group["times"] for group in x.param_groups} for x in made] == [{1.0, 2.0}, {1.0}]
+    assert {state["step"].item() for state in ckpt["optimizer"].values()} == {2.0}
     assert (ckpt["encoder"]["fbank_mean"], ckpt["encoder"]["grad_decay"]) == (11.41045, 0.3)    # of Table 4
 
 def test_presets_choose_on_valid_where_the_paper_does_and_seldom_look():
@@ -82,7 +90,7 @@ def test_the_best_on_valid_is_chosen_there_and_tested_once(ragged, tmp_path):
     (dict(task="esc"), "--task esc: choose one of custom, as2m"), (dict(data=""), "--data PACK is missing"),
     (dict(balance="unknown"), "needs a class named unknown"),
     (dict(init="scratch,scratch"), "can be probed: python evaluate.py --probe mlp"),
-    (dict(patchout=60.0), "a share, from 0 to below 1"),
+    (dict(patchout=60.0), "a share, has to be below 1"),
     (dict(loss="bce", smoothing=0.1), "--smoothing is for --loss ce"),
     (dict(best=True), "--best chooses on a valid split.* add --valid_share 0.2")])
 def test_what_makes_no_sense_is_refused(flags, message, toy, tmp_path):
@@ -100,6 +108,52 @@ def test_a_recording_of_25_s_is_trained_on_in_pieces_and_tested_once(tmp_path):
     assert run["paths"].tolist() == ["5", "6", "7"]
     assert np.allclose(run["scores"].sum(1), 1)
     assert value == np.mean(run["scores"].argmax(1) == run["targets"].argmax(1))
+
+def test_epochs_are_drawn_from_the_training_clips_and_steps_augmented_anew(toy, tmp_path, monkeypatch):
+    keys, chances, kinds, augment, losses = [], [], set(), finetune.augment, finetune.losses
+    def draw(train, labels, classes, balance, key):
+        assert np.array_equal(train, np.flatnonzero(data.Pack(toy).table[1] == "train"))
+        keys.append((balance, *key))
+        return train[:2]                        # an epoch is one batch
+    def noticed_losses(logits, *args):
+        kinds.add(logits.dtype)
+        return losses(logits, *args)
+    def noticed(wav, lengths, targets, cfg, random):
+        chances.append(random.initial_seed())
+        return augment(wav, lengths, targets, cfg, random)
+    monkeypatch.setattr(finetune, "draw", draw)
+    monkeypatch.setattr(finetune, "augment", noticed)
+    monkeypatch.setattr(finetune, "losses", noticed_losses)
+    flags = dict(data=toy, out_dir=str(tmp_path), max_steps=3, log_every=1, workers=0)
+    finetune.main(seed=5, balance="weights", dtype="bfloat16", **FAST | flags)
+    lines = [json.loads(line) for line in open(tmp_path / "finetune_toy.jsonl")]
+    assert [line["epoch"] for line in lines if "epoch" in line] == [1, 2, 3]
+    assert keys[:3] == [("weights", 5, epoch) for epoch in range(3)]
+    assert len(set(chances)) == 3
+    assert kinds == {torch.float32}
+
+def test_an_untrained_head_finds_all_classes_alike_and_an_encoder_from_scratch_knows_the_pack(toy, tmp_path):
+    finetune.main(data=toy, out_dir=str(tmp_path), max_steps=1, **FAST | dict(lr=1e-12))
+    assert np.allclose(np.load(tmp_path / "finetune_toy.npz")["scores"], 0.1, atol=1e-6)
+    info, cfg = data.Pack(toy).info, load(tmp_path / "finetune_toy.pt").encoder.cfg
+    assert (cfg.fbank_mean, cfg.fbank_std) == (info["fbank_mean"], info["fbank_std"])
+
+@pytest.mark.parametrize("several", [False, True])
+def test_several_labels_are_several_yes_or_no_questions(several, tmp_path, random_encoder):
+    labels = [["a"], ["b"], ["a", "b"]] if several else [["a"], ["b"], ["a"]]
+    rows = [row_of(i, labels[i % 3], ("train", "test")[i > 5]) for i in range(12)]
+    data.write_pack(tmp_path / "pack", rows, lambda row: np.linspace(-1, 1, 6000 + 500 * int(row["path"]))**3)
+    finetune.main(data=f"{tmp_path}/pack", out_dir=str(tmp_path), max_steps=1, **FAST)
+    assert load(tmp_path / "finetune_pack.pt").multilabel == several
+
+    # score and mean loss, by their definitions
+    pack, model = data.Pack(tmp_path / "pack"), Classifier(random_encoder, ["a", "b"], several).eval()
+    cfg, test = finetune.Config(dtype="float32"), np.arange(6, 12)
+    p = torch.cat([model.predict(pack.wav(i)[None]).detach() for i in test]).double()
+    truth = pack.table[0][test]
+    due = -(p.log()[truth].sum() + several * (1 - p).log()[~truth].sum()) / (12 if several else 6)
+    loss = finetune.judge(model, pack, test, pack.table[0], several, cfg, CPU)[1]
+    assert loss == pytest.approx(due.item(), rel=1e-4)
 
 # ---- augmentation
 
@@ -144,15 +198,19 @@ def test_spec_augment_is_its_definition():
     assert widths == set(range(38))     # below round(0.3 * 128) = 38, as torchaudio's FrequencyMasking(38)
 
 def test_normalised_features_are_masked_and_each_clip_leaves_out_other_patches(toy, random_encoder):
-    wav = data.Pack(toy).wav(0)[None].expand(3, -1)
+    wav = data.Pack(toy).wav(0)[None].repeat(3, 1)
     x, chance = random_encoder.normalise(fbank(wav)), torch.rand(3, 2, 2)
-    cfg = finetune.Config(spec_augment=0.5, patchout=0.75)
-    lengths, noise = torch.full((3,), 48000), torch.rand(3, 144)
-    patches, _, keep = finetune.prepare(wav, lengths, chance, noise, True, random_encoder, cfg)
-    masked = finetune.spec_augment(x, torch.full((3,), x.shape[1]), 0.5, chance)
-    assert torch.equal(patches, patchify(masked))
-    assert keep.shape == (3, 36)
-    assert not torch.equal(keep[0], keep[1])
+    cfg, noise = finetune.Config(spec_augment=0.5, patchout=0.75), torch.rand(3, 144)
+    for lengths in (torch.full((3,), 48000), torch.tensor([48000, 16000, 2800])):
+        frames = torch.tensor([len(fbank(clip[None, :n])[0]) for clip, n in zip(wav, lengths)])
+        inputs = wav, lengths, chance, noise, lengths.min() == 48000, random_encoder, cfg
+        patches, valid, keep = finetune.prepare(*inputs)
+        assert torch.equal(patches, patchify(finetune.spec_augment(x, frames, 0.5, chance)))
+        assert keep.shape == (3, 36)
+        assert not torch.equal(keep[0], keep[1])
+        tokens = torch.full((3,), 144) if valid is None else valid.sum(1)
+        assert torch.equal(tokens, frames // 16 * 8)
+        assert torch.equal((keep < 144).sum(1), (tokens / 4).round().long())
 
 def test_a_classifier_of_some_patches_averages_those(random_encoder):
     model = Classifier(random_encoder, ["a", "b", "c"]).eval()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from audio import MEL_FILTERS, WINDOW, fbank, patchify, valid_tokens
-from model import encoder_to_official, load_official, relative_bucket
+from model import Classifier, encoder_to_official, load, load_official, relative_bucket
 from test_audio import error_in_power
 from tokenizer import load_tokenizer
 
@@ -77,6 +77,25 @@ def test_gradients(name, decay):
     ours = encoder_to_official(encoder)[1]
     for name, theirs in golden["grads"].items():
         assert (ours[name] - theirs).norm() <= 1e-5 * theirs.norm() + 1e-7, name
+
+@torch.no_grad()
+def test_files_of_espnet(tmp_path):
+    files = read("espnet_files.pt")
+    wav, lengths = files["inputs"]["wav"], files["inputs"]["lengths"]
+    configured = ("trainer_state_dict", "finetuned_state_dict", "deepspeed", "lightning")
+    for name in ("encoder", "finetuned", *configured):
+        torch.save(files[name], tmp_path / "x.pt")
+        cfg = files["trainer_config"] if name in configured else None
+        for statistics, fbank in (("audioset_statistics", None), ("espnet_statistics", (15.29130, 5.90532))):
+            model = load(tmp_path / "x.pt", cfg=cfg, fbank=fbank)
+            x, valid = model.features(wav, lengths)
+            assert_close(x[valid], files["expected"]["features"][statistics][valid])
+        assert isinstance(model, Classifier) == ("finetuned" in name)
+        if name == "finetuned":
+            assert model.labels == files["finetuned"]["token_list"][:-1]    # the last is <unk>
+    torch.save(files["tokenizer"], tmp_path / "x.pt")
+    codes = load_tokenizer(tmp_path / "x.pt", fbank=(15.29130, 5.90532)).encode(wav, lengths)
+    assert torch.equal(codes[codes >= 0], files["expected"]["codes"][codes >= 0])
 
 def test_buckets_and_masks():
     for (buckets, far), golden in read("rel_buckets.pt").items():

@@ -12,6 +12,7 @@ import recipes
 from audio import fbank
 from common import UserError
 from recipes import toy
+from recipes.tables import read_classes
 
 TONE = (0.3 * np.sin(np.arange(16000) * 0.1)).astype(np.float32)
 
@@ -368,6 +369,195 @@ def test_a_folder_that_is_something_else_is_refused_in_one_line(tmp_path, write_
     for name in set(recipes.commands()) - {"folder", "csv", "toy", "audioset"}:
         with pytest.raises(UserError, match=rf"^{tmp_path}[^\n]*[Nn]o [^\n]*\Z"):
             packed(tmp_path, name, tmp_path)
+
+# ---- tables as people have them
+
+def table(tmp_path, write_wav, text, *flags, encoding="utf-8"):
+    """Return the pack of a table about a.wav and b.wav, and the labels of each recording."""
+    for name in "ab":
+        write_wav(f"{name}.wav", TONE)
+    (tmp_path / "meta.csv").write_bytes(text.encode(encoding))
+    shutil.rmtree(tmp_path / "pack", ignore_errors=True)
+    pack, _ = packed(tmp_path, "csv", tmp_path / "meta.csv", *flags)
+    return pack, [row["labels"] for row in pack.rows()]
+
+@pytest.mark.parametrize("cell, labels", [
+    ("\"['x', 'y']\"", "x;y"), ('"[""x"", ""y""]"', "x;y"), ("['x']", "x"), ("[]", ""),
+    ("\"('x', 'y')\"", "x;y"), ('"[""it\'s"", \'a, b\']"', "it's;a, b"), ('"[1, 2]"', "1;2"), ("x|y", "x;y"),
+    ("x; y", "x;y"), ('"x, y"', "x;y"), ("x;;y;", "x;y"), ("x;x", "x"), ("(noise)", "(noise)"), (" x ", "x"),
+    ("x y", "x y")])
+def test_a_cell_of_labels_is_read_as_it_is_meant(tmp_path, write_wav, cell, labels):
+    assert table(tmp_path, write_wav, f"path,label\na.wav,{cell}\nb.wav,z\n")[1] == [labels, "z"]
+
+@pytest.mark.parametrize("cell", ["\"['x' 'y']\"", "[x]", "\"[x, y]\"", "\"['x', ['y']]\"", "\"['x', None]\"",
+                                  "[1 2]", "\"['x', 'y'\"", "\"{'x', 'y'}\"", '"{""x"": 1}"'])
+def test_a_list_that_is_none_of_names_is_refused_with_its_line(tmp_path, write_wav, cell):
+    with pytest.raises(UserError, match=r"meta.csv, line 3: .* begins like a list, but is none of names, as"):
+        table(tmp_path, write_wav, f"path,label\na.wav,z\nb.wav,{cell}\n")
+
+def test_names_with_commas_are_whole_beside_semicolons_and_in_a_class_list(tmp_path, write_wav):
+    speech = "Male speech, man speaking"
+    text = f'path,label\na.wav,"{speech}"\nb.wav,'
+    assert table(tmp_path, write_wav, f'{text}"Dog;{speech}"\n')[1] == [speech, f"Dog;{speech}"]
+    classes = write(tmp_path / "classes.txt", f"Dog\n{speech}\n")
+    assert table(tmp_path, write_wav, f"{text}Dog\n", "--classes", classes)[1] == [speech, "Dog"]
+
+@pytest.mark.parametrize("text, encoding", [
+    ("path,label\na.wav,café\nb.wav,y\n", "utf-8-sig"), ("path,label\na.wav,café\nb.wav,y\n", "utf-16"),
+    ("path,label\na.wav,café\nb.wav,y\n", "latin-1"),
+    ("path\tlabel\r\na.wav\tcafé\r\nb.wav\ty\r\n", "utf-8"),
+    ("path;label\na.wav;café\nb.wav;y", "utf-8"), ("path|label\na.wav|café\nb.wav|y", "utf-8"),
+    ("\r\npath,label\r\n\r\na.wav,café\r\n  \r\n,\r\nb.wav,y\r\n\r\n", "utf-8"),
+    (" Path , LABEL \n a.wav , café \n b.wav , y \n", "utf-8"),
+    ("path,label\ra.wav,café\rb.wav,y\r", "utf-8"), ("path,label,,\na.wav,café,,\nb.wav,y,,\n", "utf-8"),
+    ('"path","label"\n"a.wav","café"\n"b.wav","y"\n', "utf-8")])
+def test_tables_of_all_programs_are_read_alike(tmp_path, write_wav, text, encoding):
+    assert table(tmp_path, write_wav, text, encoding=encoding)[1] == ["café", "y"]
+
+@pytest.mark.parametrize("text, message", [
+    ("path,label,label\na.wav,x,y\n", "two columns are named label"),
+    ("path,Label,label\na.wav,x,y\n", "two columns are named label"),
+    ("path,label\na.wav,x,y\n", "line 2: more cells than the header has"),
+    ("path,label\na.wav,['x', 'y']\n", "line 2: more cells than the header has"),
+    ("path,label\n,x\n", "line 2: no path"), ("path,label\n", "no row to keep"), ("", "no column named path"),
+    ("p\0a\0t\0h\0", "no text in UTF-8"), ('path,label\n"a.wav"x,y\n', "line 2: cannot be read as a table")])
+def test_a_table_that_cannot_be_meant_is_refused_in_one_line(tmp_path, write_wav, text, message):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/meta.csv[^\n]*{message}[^\n]*$"):
+        table(tmp_path, write_wav, text)
+
+def test_a_split_to_keep_that_no_row_has_is_named(tmp_path, write_wav):
+    with pytest.raises(UserError, match="no row to keep; its splits are 1, 2"):
+        table(tmp_path, write_wav, "path,fold\na.wav,1\nb.wav,2\n", "--keep", "3")
+
+def test_times_in_another_file_are_said_and_can_be_ignored(tmp_path, write_wav, capsys):
+    text = "path,start,end\na.wav,0.5,4.5\nb.wav,58.5,62.5\n"       # as UrbanSound8K's table has them
+    pack, _ = table(tmp_path, write_wav, text)
+    out = capsys.readouterr().out
+    assert "1 end beyond the file (times in another file? see csv --no_times)" in out
+    assert "1 left out" in out and "b.wav: no audio between 58.5 s and 62.5 s" in out
+    pack, _ = table(tmp_path, write_wav, text, "--no_times")
+    assert pack.samples.tolist() == [16000, 16000]
+    assert pack.notes() == []
+    pack, _ = table(tmp_path, write_wav, "path,start,end\na.wav,0,1.004\nb.wav,0.25,1.0\n")
+    assert pack.notes() == []                                   # rounding
+
+@pytest.mark.parametrize("text, names", [
+    ("0,Bark,/m/05tny_\n1,Animal,/m/0jbk\n", ["Bark", "Animal"]),           # FSD50K's vocabulary.csv
+    ("index,mid,display_name\n0,/m/05tny_,Bark\n1,/m/0jbk,Animal\n", ["Bark", "Animal"]),
+    ("display_name,mid,index\nBark,/m/05tny_,0\nAnimal,/m/0jbk,1\n", ["Bark", "Animal"]),
+    ("/m/05tny_,Bark\n/m/0jbk,Animal\n", ["Bark", "Animal"]), ("Bark,0\nAnimal,1\n", ["Bark", "Animal"]),
+    ("0\tBark\n1\tAnimal, wild\n", ["Bark", "Animal, wild"]),
+    ("id,name\n0,Bark\n1,Animal\n", ["Bark", "Animal"]),
+    ("Bark\r\n\r\nAnimal\r\n", ["Bark", "Animal"]), ("\ufeffBark\nAnimal\n", ["Bark", "Animal"]),
+    ("Bark, loud\nAnimal, wild\n", ["Bark, loud", "Animal, wild"]),
+    ('"Bark, loud"\nAnimal\n', ["Bark, loud", "Animal"]),
+    ("1\n0\n", ["1", "0"]), ('["Bark", "Animal"]\n', ["Bark", "Animal"]), ("0,Bark\n", ["Bark"])])
+def test_a_class_list_has_names_alone_or_beside_numbers_and_mids(tmp_path, text, names):
+    assert list(read_classes(write(tmp_path / "classes.csv", text)).values()) == names
+
+def test_labels_may_be_mids_and_one_that_is_not_listed_is_shown_the_nearest(tmp_path, write_wav):
+    classes = write(tmp_path / "vocabulary.csv", ARCHIVES["fsd50k"][0]["FSD50K.ground_truth/vocabulary.csv"])
+    text = 'path,label\na.wav,"Bark,Animal"\nb.wav,/m/06h7j\n'
+    pack, labels = table(tmp_path, write_wav, text, "--classes", classes)
+    assert pack.classes == ["Bark", "Animal", "Run"]
+    assert labels == ["Bark;Animal", "Run"]
+    with pytest.raises(UserError, match=r"not in the class list: \['animals'\]; the nearest .* is 'Animal'$"):
+        table(tmp_path, write_wav, "path,label\na.wav,animals\n", "--classes", classes)
+
+# ---- folders that are no classes
+
+FOLDERS = {
+    "splits": ["fold1 fold2 fold10", "1 2 3", "train test", "Training Validation Testing", "train dev eval",
+               "Fold_01 Fold_02"],
+    "groups": ["Actor_01 Actor_24", "Session1 Session2", "speaker1 speaker2", "p225 p226"],
+    "nothing": ["AudioWAV", "dog"]}
+
+@pytest.mark.parametrize("kind, names", [(kind, names) for kind in FOLDERS for names in FOLDERS[kind]])
+def test_folders_that_look_like_something_else_than_classes_are_asked_about(tmp_path, write_wav, kind, names):
+    for name in names.split():
+        write_wav(f"sounds/{name}/a.wav", TONE)
+    asked = rf"^{tmp_path}/sounds: are folders named .*--folders {kind}, or [^\n]*$"
+    with pytest.raises(UserError, match=asked):
+        packed(tmp_path, "folder", tmp_path / "sounds")
+    pack, _ = packed(tmp_path, "folder", tmp_path / "sounds", "--folders", kind)
+    assert pack.classes == []
+    shutil.rmtree(tmp_path / "pack")
+    pack, _ = packed(tmp_path, "folder", tmp_path / "sounds", "--folders", "classes")
+    assert pack.classes == sorted(names.split())
+
+@pytest.mark.parametrize("names, recipe", [("fold1 fold2", "urbansound8k"), ("Actor_01 Actor_02", "ravdess"),
+                                           ("AudioWAV", "cremad")])
+def test_a_data_set_with_a_recipe_is_named(tmp_path, write_wav, names, recipe):
+    for name in names.split():
+        write_wav(f"sounds/{name}/a.wav", TONE)
+    with pytest.raises(UserError, match=f"python data.py {recipe} may know this data set"):
+        packed(tmp_path, "folder", tmp_path / "sounds")
+    assert recipe in recipes.commands()
+
+def test_folders_may_be_splits_or_groups_of_classes(tmp_path, write_wav, capsys):
+    for name in ("Training/dog", "Training/cat", "test/dog", "fold02/cat", "dev/cat"):
+        write_wav(f"sounds/{name}/a.wav", TONE)
+    pack, clips = packed(tmp_path, "folder", tmp_path / "sounds", "--folders", "splits")
+    assert clips == [("train", "", "cat"), ("train", "", "dog"), ("dev", "", "cat"), ("2", "", "cat"),
+                     ("test", "", "dog")]
+    shutil.rmtree(tmp_path / "pack")
+    _, clips = packed(tmp_path, "folder", tmp_path / "sounds", "--folders", "groups")
+    assert clips[0] == ("", "Training", "cat")
+    shutil.rmtree(tmp_path / "pack")
+    pack, clips = packed(tmp_path, "folder", tmp_path / "sounds")
+    assert "no labels, for not every file is one folder deep; see --folders" in capsys.readouterr().out
+    assert pack.classes == []
+
+def test_a_tree_of_a_known_data_set_is_named(tmp_path, write_wav, capsys):
+    for name in ("audio/fold1/a", "audio/fold2/b"):
+        write_wav(f"UrbanSound8K/{name}.wav", TONE)
+    packed(tmp_path, "folder", tmp_path / "UrbanSound8K")
+    assert "python data.py urbansound8k may know this data set" in capsys.readouterr().out
+
+# ---- archives that are wrong or incomplete
+
+TRACKS = ",set,set,track,artist\n,split,subset,genre_top,id\n,,,,\n"
+
+@pytest.mark.parametrize("name, file, text, message", [
+    ("fma", "fma_metadata/tracks.csv", TRACKS + "2,extra,small,Pop,1\n",
+     "line 4: 'extra' is none of the splits"),
+    ("fma", "fma_metadata/tracks.csv", TRACKS + "2,test,small\n",
+     "line 4: has no genre"),
+    ("cremad", "CREMA-D/AudioWAV/1x01_DFA_ANG_XX.wav", "", "not named as 1001_DFA_ANG_XX is"),
+    ("gtzan", "genres/blues/blues.000x.wav", "", "not named as blues.00000 is"),
+    ("libricount", "test/many_1.wav", "", "not named as 10_1234 is"),
+    ("nsynth", "nsynth-train/audio/a-b_c_d-e.wav", "", "not named as synth_lead"),
+    ("ravdess", "Actor_01/03-01-09-01-01-01-01.wav", "", "not named as 03-01-05"),
+    ("ravdess", "Actor_xx/03-01-x.wav", "", "not named as 03-01-05"),
+    ("vocalsound", "audio_16k/f0003_0_cough_2_x_.wav", "", "not named as f0003_0_cough is"),
+    ("vocalimitation", VIS + "dog.wav", "", "not named as 000Animal_Cat_Growling-4808 is"),
+    ("urbansound8k", "UrbanSound8K/metadata/UrbanSound8K.csv",
+     "slice_file_name,fsID,fold,classID,class\na.wav,1\n", "a row is incomplete"),
+    ("fsd50k", "FSD50K.ground_truth/vocabulary.csv", "number,class,mid\n", "not in the class list"),
+    ("fsd50k", "FSD50K.ground_truth/vocabulary.csv", "0\n", "line 1: not number,class,mid"),
+    ("fsd50k", "FSD50K.ground_truth/dev.csv", "fname,labels,mids,split\n1,Cat,/m/1,train\n",
+     "not in the class list: .'Cat'"),
+    ("esc50", "meta/esc50.csv", "filename,fold,target,category,esc10,src_file,take\n",
+     "no recordings to pack"),
+    ("fluentspeechcommands", "fluent_speech_commands_dataset/data/train_data.csv",
+     "path,speakerId,transcription\na,b\n", "a class has no name"),
+    ("fsdkaggle2018", "FSDKaggle2018.meta/train_post_competition.csv", "fname,label,label\n",
+     "no column label, or several"),
+    ("librispeechmalefemale", "LibriSpeech/SPEAKERS.TXT", "caf\xe9", "speaker 60 is not in")])
+def test_a_wrong_archive_is_refused_in_one_line(tmp_path, write_wav, name, file, text, message):
+    unpack(tmp_path, write_wav, ARCHIVES.get(name, ({},))[0] | {file: text})
+    with pytest.raises(UserError, match=rf"^[^\n]*{message}[^\n]*$"):
+        packed(tmp_path, name, tmp_path)
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"data": 1}', '{"data": [1]}',
+                                  '{"data": [{"wav": 1, "labels": "x"}]}',
+                                  '{"data": [{"wav": "x", "labels": ["x"]}]}', "[" * 100_000, "\xe9"])
+def test_a_wrong_list_of_ast_is_refused_in_one_line(tmp_path, write_wav, text):
+    write_wav("audio/abcdefghijk.wav", TONE)
+    with pytest.raises(UserError, match=r"train.json: wants [^\n]*$"):
+        audioset(tmp_path, "--train", write(tmp_path / "train.json", text))
+
+# ---- built-in sounds
 
 def test_toy_sounds_are_a_function_of_the_seed():
     for kind in toy.CLASSES:

@@ -1,4 +1,5 @@
 """Both tokenizers, the codebook, and how a teacher is distilled into codes."""
+import dataclasses
 import re
 
 import numpy as np
@@ -51,9 +52,55 @@ def test_export_gives_back_the_official_file(official, tmp_path):
         del before["model"][f"quantize.embedding.{name}"], after["model"][f"quantize.embedding.{name}"]
     torch.testing.assert_close(after["model"], before["model"], rtol=0, atol=0)
 
-def test_a_file_of_the_wrong_kind_is_named_as_what_it_is(official):
-    with pytest.raises(CheckpointError, match="finetuned.pt: .* a fine-tuned classifier, not a tokenizer"):
-        load_tokenizer(official("finetuned"))
+def test_a_file_of_the_wrong_kind_is_named_as_what_it_is(official, projection, tmp_path):
+    for kind, message in (("finetuned", "a fine-tuned classifier"), ("encoder", "an encoder")):
+        with pytest.raises(CheckpointError, match=f"{kind}.pt: .* {message}, not a tokenizer"):
+            load_tokenizer(official(kind))
+    torch.save(projection.state(), tmp_path / "p.pt")
+    for path in (official("tokenizer"), tmp_path / "p.pt"):
+        with pytest.raises(CheckpointError, match=f"{path}: this file is a tokenizer.*load_tokenizer"):
+            load(path)
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model._orig_mod.", "model.tokenizer."])
+def test_tokenizers_are_found_below_any_names_and_in_any_nest(distilled, projection, prefix, tmp_path):
+    path, wav = tmp_path / "x.pt", 0.1 * torch.randn(8, 16000)
+    for made in (distilled, projection, fitted(wav, 16000, n_codes=64, projection="plain")):
+        state = {prefix + name: value for name, value in made.state()["model"].items()}
+        for file in (made.state() | dict(model=state), {"state_dict": state, "epoch": 3}):
+            torch.save(file, path)
+            back = load_tokenizer(path, cfg=dataclasses.asdict(MICRO))
+            if "seed" in made.config:
+                back.config["seed"] = made.config["seed"]                   # weights do not show it
+            assert back.id() == made.id()                                   # a hash of all that it is
+
+def test_tokenizers_of_espnet_and_statistics_of_the_filter_bank(distilled, tmp_path, capsys):
+    path, wav = tmp_path / "x.pt", 0.1 * torch.randn(2, 16000)
+    for statistics in ({}, dict(fbank_mean=14.6, fbank_std=5.625)):
+        distilled.encoder.cfg = dataclasses.replace(MICRO, **statistics)
+        for espnet in (False, True):
+            export_official_tokenizer(distilled, path, espnet=espnet)
+            assert torch.equal(load_tokenizer(path).encode(wav), distilled.encode(wav))
+            said = capsys.readouterr().err
+            assert ("for ESPnet's say fbank=(15.29130, 5.90532)" in said) == (espnet and not statistics)
+    assert load_tokenizer(path, fbank=(1.0, 2.0)).encoder.cfg.fbank_std == 2.0
+
+@pytest.mark.parametrize("change, message", [
+    (dict(n_codes=10**9), "n_codes is 1000000000 by the configuration, 32 by the weights"),
+    (dict(estimator_blocks=10**9), "estimator_blocks is 1000000000 by"),
+    (dict(code_dim=7), "code_dim is 7 by"),
+    (dict(target_width=33), "target_width is 33 by"), (dict(new=1), "'new'")])
+def test_an_edited_tokenizer_is_named_before_memory_is_asked_for(distilled, tmp_path, change, message):
+    state = distilled.state()
+    torch.save(state | dict(tokenizer=state["tokenizer"] | change), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'x.pt'}: .*{message}"):
+        load_tokenizer(tmp_path / "x.pt")
+
+def test_a_codebook_that_was_never_made_is_refused(official, tmp_path):
+    ckpt = torch.load(official("tokenizer"), weights_only=True)
+    ckpt["model"]["quantize.embedding.initted"] = torch.zeros(1)
+    torch.save(ckpt, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="its codebook was never initialised"):
+        load_tokenizer(tmp_path / "x.pt")
 
 def test_our_files_also_those_whose_stacks_had_no_names(distilled, projection, tmp_path):
     for made in (distilled, projection):
@@ -172,6 +219,9 @@ def test_a_plain_projection_uses_its_codes(toy):
     wav = sounds_of(toy, 40)
     made = fitted(wav, 48000, projection="plain")
     assert len(made.encode(wav).unique()) > 300
+    features = fbank(wav)
+    normalised = (features - made.bin_mean) / made.bin_std      # as for an encoder
+    assert (normalised.mean().item(), normalised.std().item()) == pytest.approx((0, 0.5), abs=0.01)
 
 def test_projections_are_white_and_a_function_of_their_seed(toy):
     wav = sounds_of(toy, 40)
@@ -225,6 +275,32 @@ def test_whitening_keeps_the_large_components():
         expect = torch.diag((torch.arange(32) < kept).float())
         assert torch.allclose(torch.cov(((x - mean) @ matrix).T), expect, atol=1e-2)
 
+def test_a_quantize_layer_that_starts_white_hardly_bends(distilled):
+    torch.manual_seed(0)
+    x = torch.randn(5000, 32) @ torch.randn(32, 32) + 5
+    distilled.whiten_(x)
+    mean, matrix = whitening(x)
+    due, z = ((x - mean) @ matrix)[:, :8], distilled.quantize_layer(x)
+    small = due.abs() < 1
+    assert (z - due)[small].abs().max() < 0.04                  # tanh(0.3) / 0.3 = 0.971
+
+def test_a_padded_clip_has_the_predictions_it_has_alone(distilled):
+    patches, valid = torch.randn(2, 48, 256), torch.arange(48) < torch.tensor([[48], [24]])
+    predicted, alone = distilled(patches, valid)[0][1, :24], distilled(patches[1:, :24])[0][0]
+    assert torch.allclose(predicted, alone, atol=1e-5)
+
+def test_the_tokenizer_hears_by_its_own_statistics_and_the_teacher_by_its_own(random_encoder, distilled, toy):
+    wav, lengths = sounds_of(toy, 2), torch.tensor([48000, 20000])
+    wav[1, 20000:] = 0
+    batch = data.to_device(dict(wav=32768 * wav, lengths=lengths), torch.device("cpu"))
+    distilled.encoder.cfg = dataclasses.replace(MICRO, fbank_mean=9.0, fbank_std=2.0)
+    cfg = train_tokenizer.Config(dtype="float32")
+    inputs, target, _ = train_tokenizer.prepare(batch, distilled, random_encoder, cfg)
+    assert torch.equal(inputs["patches"], distilled.encoder.patches(wav)[0])
+    for clip, n, taught in zip(wav, lengths, target):           # as alone, without padding
+        due = random_encoder.features(clip[None, :n])[0][0]
+        assert torch.allclose(taught[:len(due)], due, atol=1e-5)
+
 def test_what_a_teacher_teaches(random_encoder, toy):
     batch, cfg = batch_of(toy, 2), train_tokenizer.Config(dtype="float32")
     _, first, last = random_encoder.features(batch["wav"], layer="all")[0]
@@ -233,7 +309,41 @@ def test_what_a_teacher_teaches(random_encoder, toy):
             (random_encoder, "last", last), (random_encoder, "mean", (first + last) / 2),
             (classifier, "last", classifier.head(last))):
         made = SelfDistilledTokenizer(Encoder(MICRO), 16, 8, 1, teacher.teach_width)
-        assert torch.allclose(train_tokenizer.prepare(batch, made, teacher, cfg)[1], expect, atol=1e-5)
+        made.target_mean.normal_()
+        made.target_map.normal_()
+        target = train_tokenizer.prepare(batch, made, teacher, cfg)[1]
+        assert torch.allclose(target, (expect - made.target_mean) @ made.target_map, atol=1e-4)
+
+def test_the_loss_of_distillation_in_closed_form(distilled):
+    torch.manual_seed(0)
+    valid = torch.arange(48) < torch.tensor([[48], [24]])
+    inputs, target = dict(patches=torch.randn(2, 48, 256), valid=valid), torch.randn(2, 48, 32) + 1
+    with torch.no_grad():
+        sums = train_tokenizer.losses(distilled, inputs, target, valid, beta=0.5)[0]
+        predicted, vectors = distilled(**inputs)[0], distilled.before_codebook(**inputs)
+    cosine = commitment = 0.0
+    for x, y, z in zip(predicted[valid], target[valid], vectors[valid]):
+        cosine += (x @ y / x.norm() / y.norm()).item()
+        commitment += (z / z.norm() - distilled.vectors()).square().sum(1).min().item()
+    due = dict(cosine=cosine, commitment=commitment, loss=72 - cosine + 0.5 * commitment, count=72)
+    assert {name: value.item() for name, value in sums.items()} == pytest.approx(due, rel=1e-4)
+
+@pytest.mark.parametrize("dtype, share", [(torch.half, 0.95), (torch.bfloat16, 0.9), (torch.double, 0.99)])
+def test_a_tokenizer_of_another_precision_gives_nearly_the_same_codes(distilled, projection, dtype, share):
+    wav, lengths = 0.1 * torch.randn(4, 48000), torch.tensor([48000, 20000, 48000, 48000])
+    for made in (distilled, projection):
+        codes, before = made.encode(wav, lengths), made.id()
+        assert (made.to(dtype).encode(wav, lengths) == codes).float().mean() > share
+        assert (made.id() == before) == (dtype == torch.double)
+
+def test_codes_are_looked_up_in_float32_also_in_mixed_precision(projection):
+    torch.manual_seed(0)
+    codebook, z, features = Codebook(500, 8), torch.randn(4, 1000, 8), torch.randn(4, 160, 128)
+    codebook.start_(unit_vectors(500, 8), iterations=0)
+    plain = codebook(z), projection.codes(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = codebook(z), projection.codes(features)
+    torch.testing.assert_close(mixed, plain, rtol=0, atol=0)
 
 def test_targets_and_losses_are_float32_also_in_mixed_precision(random_encoder, distilled, toy):
     batch, cfg = batch_of(toy, 2), train_tokenizer.Config(dtype="bfloat16")
@@ -274,6 +384,11 @@ def test_the_teacher_hears_clean_what_is_disturbed(random_encoder, distilled, to
     assert (clean[0]["patches"] - noisy[0]["patches"]).abs().mean() > 0.01
     assert torch.equal(clean[1], noisy[1])
     assert distil(toy, teacher, tmp_path, disturb=1.0) != distil(toy, teacher, tmp_path)     # the flag counts
+
+    # validation is clean: hardly anything is learned here
+    still = dict(lr=1e-12, decay=0.999999, revive=0.0, dtype="float32")
+    noisy, clean = [distil(toy, teacher, tmp_path, disturb=share, **still) for share in (1.0, 0.0)]
+    assert noisy["valid_commitment"] == pytest.approx(clean["valid_commitment"], rel=1e-3)
 
 def test_flags_that_make_no_sense_are_refused(toy, teacher, tmp_path, random_encoder):
     with pytest.raises(UserError, match="--disturb 20.0: a share"):

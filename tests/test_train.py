@@ -16,21 +16,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
 import data
+import evaluate
 import finetune
 import train_mam
 import train_tokenizer
+from audio import fbank, is_silent, patchify
 from common import UserError
-from conftest import MICRO, ROOT
-from model import PREDICTORS, PRESETS, load
-from tokenizer import Codebook, whitening
+from conftest import MICRO, ROOT, row_of
+from model import (PREDICTORS, PRESETS, Classifier, Encoder, EncoderConfig, MaskedAudioModel, Transformer,
+                   load, random_mask)
+from tokenizer import Codebook, RandomProjectionTokenizer, SelfDistilledTokenizer, load_tokenizer, whitening
 
 SHARED = dict(batch_seconds=21.0, warmup_steps=2, log_every=2, device="cpu")
 MAM = SHARED | dict(model="micro")
 TOKENIZER = SHARED | dict(codes=64, code_dim=16, estimator_blocks=1)
 FINETUNE = SHARED | dict(model="micro", batch_seconds=24.0)
+CPU = torch.device("cpu")
 NAMES = {train_mam: "mam_iter1", train_tokenizer: "tokenizer_iter2", finetune: "finetune_toy"}
 every_script = pytest.mark.parametrize("script", NAMES)
 
@@ -51,13 +56,28 @@ def loop(toy, ragged, tmp_path_factory):
     return out, first, tokenizer
 
 @pytest.fixture(scope="module")
-def begun(toy, loop, tmp_path_factory):
-    """A folder where every script has taken one step."""
+def uneven(tmp_path_factory):
+    """The path of a pack of 45 clips of 0.2 to 1.5 s to train on, a third of each silent, and 4 to test on.
+
+    However they are dealt out, no two ranks have the same number of clips, tokens and targets.
+    """
+    def read(row):
+        noise = np.random.default_rng(int(row["path"])).standard_normal(3200 + 450 * int(row["path"]))
+        return (0.1 * noise * (np.arange(len(noise)) < len(noise) * 2 / 3)).astype(np.float32)
+    rows = [row_of(i, "ab"[i % 2], ("train", "test")[i > 44]) for i in range(49)]
+    path = tmp_path_factory.mktemp("packs") / "toy"
+    data.write_pack(path, rows, read)
+    return str(path)
+
+@pytest.fixture(scope="module")
+def begun(uneven, loop, tmp_path_factory):
+    """A folder where every script has taken one step, of all clips, whole."""
     out = tmp_path_factory.mktemp("begun")
-    flags = dict(data=toy, out_dir=str(out), max_steps=1, clip=1e9, dtype="float32")
-    train_mam.main(**flags, **MAM)
-    train_tokenizer.main(teacher=f"{loop[0]}/mam_iter1.pt", **flags, **TOKENIZER)
-    finetune.main(roll=False, **flags, **FINETUNE)          # rolling draws for the clips of a rank
+    flags = dict(data=uneven, out_dir=str(out), max_steps=1, clip=1e9, dtype="float32", batch_seconds=75.0)
+    train_mam.main(crop_seconds=0.0, mask_ratio=0.6, **MAM | flags)
+    teacher = f"{loop[0]}/mam_iter1.pt"
+    train_tokenizer.main(teacher=teacher, crop_seconds=0.0, beta=0.5, dropout=0.0, **TOKENIZER | flags)
+    finetune.main(roll=False, **FINETUNE | flags)           # rolling draws for the clips of a rank
     return out
 
 # ---- learning
@@ -98,6 +118,194 @@ def test_the_papers_tokenizers_do_not_start_from_their_teacher(loop, toy, tmp_pa
         same = torch.allclose(model["encoder.patch.weight"], teacher["patch.weight"], atol=1e-6)
         assert same == (preset == "")
 
+# ---- steps whose gradient is not finite
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(script, steps): the filter bank of a clip is NaN in these steps of the script's training."""
+    def of(script, steps):
+        step, seed_step, fbank = [], common.seed_step, script.fbank
+        def count(seed, number):
+            step.append(number)
+            return seed_step(seed, number)
+        def spoiled(wav):
+            x = fbank(wav)
+            if step and step[-1] in steps and not evaluating:
+                x[0] = torch.nan
+            return x
+        evaluating = []
+        def quiet(function):
+            def run(*args, **kwargs):
+                evaluating.append(True)
+                values = function(*args, **kwargs)
+                evaluating.pop()
+                return values
+            return run
+        name = "judge" if script is finetune else "validate"
+        monkeypatch.setattr(script, name, quiet(getattr(script, name)))
+        monkeypatch.setattr(common, "seed_step", count)
+        monkeypatch.setattr(script, "fbank", spoiled)
+    return of
+
+def flags_of(script, loop, toy, out):
+    own = {train_mam: MAM, train_tokenizer: TOKENIZER | dict(teacher=f"{loop[0]}/mam_iter1.pt"),
+           finetune: FINETUNE}[script]
+    return own | dict(data=toy, out_dir=str(out), lr=1e-3)
+
+def tensors_of(path):
+    """Return all that training has moved: weights, moments, codebook."""
+    ckpt = content(path)
+    moments = [list(state.values()) for state in ckpt["optimizer"].values()]
+    return sum(moments, list(ckpt["model"].values()))
+
+@every_script
+def test_a_nan_leaves_its_step_out_and_nothing_else(script, loop, toy, tmp_path, spoil):
+    spoil(script, [2])
+    flags = flags_of(script, loop, toy, tmp_path / "parts")
+    flags |= dict(device_seconds=10.0, log_every=1, save_every=1)
+    script.main(max_steps=3, keep_every=1, **flags)
+    stem = tmp_path / "parts" / NAMES[script]
+    before, after = tensors_of(f"{stem}.step2.pt"), tensors_of(f"{stem}.step3.pt")
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    assert [line["skipped"] for line in log(f"{stem}.jsonl") if "skipped" in line] == [0, 0, 1]
+    script.main(max_steps=5, resume=True, **flags)
+    script.main(max_steps=5, keep_every=1, **flags | dict(out_dir=str(tmp_path / "whole")))
+    resumed, whole = tensors_of(f"{stem}.pt"), tensors_of(tmp_path / "whole" / f"{NAMES[script]}.pt")
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(resumed, whole))
+    assert not all(torch.equal(a, b) for a, b in zip(after, whole))
+
+@every_script
+def test_nan_in_every_step_ends_the_run_and_names_the_recordings(script, loop, toy, tmp_path, spoil):
+    spoil(script, range(2, 100))
+    flags = flags_of(script, loop, toy, tmp_path) | dict(save_every=2, eval_every=100)
+    with pytest.raises(UserError, match=r"not been finite for 20 steps.*recordings.*toy/.*of step 20"):
+        script.main(max_steps=60, **flags)
+    assert all(x.isfinite().all() for x in tensors_of(tmp_path / f"{NAMES[script]}.pt"))
+
+@every_script
+def test_a_learning_rate_that_ruins_the_weights_spares_the_checkpoint(script, loop, toy, tmp_path):
+    flags = flags_of(script, loop, toy, tmp_path)
+    script.main(max_steps=3, **flags)
+    path = tmp_path / f"{NAMES[script]}.pt"
+    whole = path.read_bytes()
+    with pytest.raises(UserError, match="not been finite for .* of step 3: --resume"):
+        script.main(max_steps=9, resume=True, **flags | dict(lr=1e30))
+    assert path.read_bytes() == whole
+
+# ---- what a step sees
+
+def half_silent():
+    """Return a batch, a tokenizer and the codes (B, T) by it, -1 where there is nothing to predict.
+
+    Noise, then silence, then padding. Row r of the patches has the 2,800 samples from 2,560 r on.
+    """
+    torch.manual_seed(0)
+    wav, lengths, tokenizer = torch.zeros(3, 16000), [16000, 9000, 6000], RandomProjectionTokenizer(64)
+    for clip, n in zip(wav, (8000, 8000, 6000)):
+        clip[:n].normal_(std=0.1)
+    batch = dict(wav=(wav * 32768).short(), lengths=torch.tensor(lengths), noise=torch.rand(3, 48))
+    batch = data.to_device(batch, CPU)
+    codes = tokenizer.codes(fbank(batch["wav"]))
+    codes[0, 32:] = codes[1, 24:] = codes[2, 16:] = -1
+    return batch, tokenizer, codes
+
+def test_neither_silence_nor_padding_is_predicted(random_encoder):
+    batch, tokenizer, codes = half_silent()
+    inputs, targets = train_mam.prepare(batch, random_encoder, tokenizer, 0.5)
+    assert torch.equal(inputs["patches"], random_encoder.patches(batch["wav"])[0])
+    assert (inputs["keep"] < 48).sum(1).tolist() == [24, 12, 8]
+    due = [[clip[t].item() if t < 48 else -1 for t in row] for clip, row in zip(codes, inputs["masked"])]
+    assert targets.tolist() == due
+    assert -1 in due[0]
+
+    # the loss is of what is predicted, in float32
+    logits = torch.randn(*targets.shape, 64).bfloat16()
+    logits[0, 0, targets[0, 0]] = 9
+    sums = train_mam.losses(lambda **inputs: logits, inputs, targets)
+    logits = logits.double()
+    there = [(b, m) for b in range(3) for m in range(24) if due[b][m] >= 0]
+    expect = sum(-logits[b, m].log_softmax(0)[due[b][m]] for b, m in there)
+    assert sums["loss"].item() == pytest.approx(expect.item(), rel=1e-5)
+    assert sums["count"] == len(there)
+    assert sums["accuracy"] == sum(logits[b, m].argmax() == due[b][m] for b, m in there)
+
+def test_neither_silence_nor_padding_is_put_into_the_codebook(random_encoder, distilled):
+    batch, _, codes = half_silent()
+    use = train_tokenizer.prepare(batch, distilled, random_encoder, train_tokenizer.Config())[2]
+    assert torch.equal(use, codes >= 0)
+
+@every_script
+def test_models_are_in_train_mode_in_steps_and_nowhere_else(script, toy, ragged, loop, tmp_path, monkeypatch):
+    """Also what a file of an encoder becomes, and teachers: whatever gets no gradient has no dropout."""
+    modes, forward = [], Transformer.forward
+    def noticed(self, *args, **kwargs):
+        modes.append((torch.is_grad_enabled(), *{module.training for module in self.modules()}))
+        return forward(self, *args, **kwargs)
+    monkeypatch.setattr(Transformer, "forward", noticed)
+    encoder, tokenizer = f"{loop[0]}/mam_iter1.pt", f"{loop[0]}/tokenizer_iter2.pt"
+    more = {train_mam: dict(init=encoder, tokenizer=tokenizer, probe=ragged, predictor_dim=32),
+            train_tokenizer: {}, finetune: dict(init=encoder)}
+    script.main(max_steps=2, eval_every=1, **flags_of(script, loop, toy, tmp_path) | more[script])
+    assert set(modes) == {(True, True), (False, False)}
+    modes.clear()
+    evaluate.main(data=ragged, out_dir=str(tmp_path), model="micro", probe="knn", device="cpu")
+    assert set(modes) == {(False, False)}
+
+@every_script
+def test_steps_follow_the_schedule_and_draw_from_seeds_of_their_own(script, toy, loop, tmp_path, monkeypatch):
+    seeds, others, seed_step, deal = [], set(), common.seed_step, data.deal
+    def noticed_step(*key):
+        if not seeds:
+            others.add(torch.initial_seed())            # of weights
+        seeds.append(key)
+        return seed_step(*key)
+    def noticed_deal(plan, seed, place=(0, 0)):
+        others.add(seed)                                # of crops, noise
+        return deal(plan, seed, place)
+    monkeypatch.setattr(common, "seed_step", noticed_step)
+    monkeypatch.setattr(data, "deal", noticed_deal)
+    flags = flags_of(script, loop, toy, tmp_path) | dict(max_steps=5, lr=6e-3, seed=3, log_every=1)
+    script.main(**flags)
+    assert seeds == [(3, step) for step in range(5)]
+    assert others == {3}
+    rates = [line["lr"] for line in log(tmp_path / f"{NAMES[script]}.jsonl") if "lr" in line]
+    falling = [4.5e-3, 1.5e-3] if script == finetune else [4e-3, 2e-3]     # as a cosine, or linearly
+    assert rates == pytest.approx([3e-3, 6e-3, 6e-3, *falling])
+
+@every_script
+def test_the_gradient_of_all_parameters_together_is_clipped(script, toy, loop, tmp_path):
+    script.main(max_steps=1, clip=1e-3, **flags_of(script, loop, toy, tmp_path))
+    path = tmp_path / f"{NAMES[script]}.pt"
+    assert (10 * moments(path)).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    squares = 0.02 * (10 * moments(path))**2            # beta 0.98
+    torch.testing.assert_close(moments(path, "exp_avg_sq"), squares, rtol=1e-4, atol=1e-20)
+
+def test_the_codebook_starts_from_and_follows_what_sounds(uneven, loop, tmp_path, monkeypatch):
+    """In closed form from the counts of one step: moving average, use of codes, and those that start anew."""
+    started, start_ = [], Codebook.start_
+    def noticed(self, z, **options):
+        started.append(len(z))
+        start_(self, z, **options)
+    monkeypatch.setattr(Codebook, "start_", noticed)
+    flags = dict(data=uneven, crop_seconds=0.0, batch_seconds=75.0, max_steps=1, lr=1e-9, decay=0.5)
+    flags |= dict(teacher=f"{loop[0]}/mam_iter1.pt", log_every=1, dtype="float32")
+    def logged_and_saved(revive):
+        train_tokenizer.main(**TOKENIZER | flags, revive=revive, out_dir=str(tmp_path))
+        line = next(line for line in log(tmp_path / "tokenizer_iter2.jsonl") if "loss" in line)
+        return line, load_tokenizer(tmp_path / "tokenizer_iter2.pt").codebook.cluster_size
+    line, after = logged_and_saved(revive=0.0)
+    counts = 2 * after - 75 * 50 / 64           # before: the tokens of a step, shared by the codes
+    pack, sounds = data.Pack(uneven), data.Sounds(uneven, 0.0, 75.0)
+    heard = [fbank(pack.wav(clip)[None]) for clip in np.concatenate(sounds.train)]
+    assert torch.allclose(counts, counts.round(), atol=1e-3)
+    sounding = sum((~is_silent(features)).sum() for features in heard)
+    assert counts.sum().round() == started[0] == sounding
+    used = torch.special.entr(counts.round() / counts.round().sum()).sum().exp().item()
+    assert line["perplexity"] == pytest.approx(used, rel=1e-4)
+    assert line["revived"] == 0
+    line, _ = logged_and_saved(revive=0.9)
+    assert line["revived"] == (after < 0.9 * after.mean()).sum() > 0
+
 # ---- stopping and resuming
 
 class StopAtFive(common.Stop):
@@ -128,12 +336,27 @@ def test_an_interrupted_run_goes_on_bit_for_bit(script, toy, loop, tmp_path, mon
     for key in {"step", "model", "optimizer", "place", "best"} & content(whole).keys():
         torch.testing.assert_close(content(whole)[key], content(parts)[key], rtol=0, atol=0)
 
-def test_a_new_run_keeps_the_old_result(begun, toy, tmp_path):
+@every_script
+def test_an_evaluation_that_a_signal_prevents_is_made_up_for(script, toy, loop, tmp_path, monkeypatch):
+    flags = flags_of(script, loop, toy, tmp_path) | dict(max_steps=5, eval_every=5)
+    if script is finetune:
+        flags |= dict(best=True, valid_share=0.3)
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(common, "Stop", StopAtFive)
+        script.main(**flags)
+    name = "valid_score" if script is finetune else "valid_loss"
+    lines = tmp_path / f"{NAMES[script]}.jsonl"
+    assert not any(name in line for line in log(lines))
+    script.main(resume=True, **flags)
+    assert [line["step"] for line in log(lines) if name in line] == [5]
+
+def test_a_new_run_keeps_the_old_result(begun, uneven, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
-    train_mam.main(data=toy, out_dir=str(tmp_path), max_steps=1, seed=2, **MAM)
+    train_mam.main(data=uneven, out_dir=str(tmp_path), max_steps=1, seed=2, **MAM)
     assert content(tmp_path / "mam_iter1.1.pt")["config"]["seed"] == 0
     assert content(tmp_path / "tokenizer_iter1.1.pt")["tokenizer"]["seed"] == 0
     assert content(tmp_path / "mam_iter1.pt")["config"]["seed"] == 2
+    assert content(tmp_path / "tokenizer_iter1.pt")["tokenizer"]["seed"] == 2
 
 def test_resuming_on_other_sounds_or_codes_is_refused(begun, ragged, tmp_path):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
@@ -149,11 +372,11 @@ def test_resuming_on_other_sounds_or_codes_is_refused(begun, ragged, tmp_path):
 @pytest.mark.parametrize("change, message", [
     (dict(format=1), "another version of this script"), (dict(config={}), "another version of this script"),
     (dict(packs=["others"], pack="another"), "begun on other sounds")])
-def test_resuming_what_does_not_fit_is_refused(script, change, message, begun, toy, tmp_path):
+def test_resuming_what_does_not_fit_is_refused(script, change, message, begun, uneven, tmp_path):
     name = f"{NAMES[script]}.pt"
     torch.save(content(begun / name) | change, tmp_path / name)
     with pytest.raises(UserError, match=message):
-        script.main(data=toy, out_dir=str(tmp_path), resume=True)
+        script.main(data=uneven, out_dir=str(tmp_path), resume=True)
 
 @pytest.mark.parametrize("script, flags, message", [
     (train_mam, dict(resume=True), "mam_iter1.pt: no such checkpoint"),
@@ -173,7 +396,7 @@ def torchrun(ranks, *command):
     return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
-def take_second_step(begun, out, toy, **more):
+def take_second_step(begun, out, uneven, **more):
     """Go on by one step with every script, in a copy of `begun`."""
     if common.rank() == 0:
         shutil.copytree(begun, out)
@@ -181,10 +404,22 @@ def take_second_step(begun, out, toy, **more):
     flags = dict(out_dir=str(out), max_steps=2, resume=True, **more)
     train_mam.main(**flags)
     train_tokenizer.main(**flags)
-    finetune.main(data=toy, **flags)
+    finetune.main(data=uneven, **flags)
 
-def measure_together(out):
-    """Let a codebook follow, and whitening measure, vectors of which every rank has its part."""
+def lose_second_step(begun, out, uneven):
+    """Take the second step while the last rank alone has a loss of NaN in it."""
+    for script in NAMES:
+        def spoiled(*args, losses=script.losses):
+            result = losses(*args)
+            sums = result if isinstance(result, dict) else result[0]
+            if torch.is_grad_enabled() and common.rank() == common.world() - 1:
+                sums["loss"] = sums["loss"] * torch.nan
+            return result
+        script.losses = spoiled
+    take_second_step(begun, out, uneven)
+
+def measure_together(out, toy):
+    """Let a codebook follow, whitening measure, and scores be of, what every rank has its part of."""
     torch.manual_seed(0)
     codebook, everything = Codebook(16, 8), torch.randn(4, 120, 8)
     z = everything.chunk(common.world(), 1)[common.rank()]
@@ -192,8 +427,9 @@ def measure_together(out):
     for step in z:
         codebook.update_(step, codebook(step)[1], torch.ones(len(step), dtype=torch.bool))
     mean, matrix = whitening(z.flatten(0, 1))
+    heard = evaluate.over_recordings(data.Pack(toy), np.arange(80), lambda wav, lengths: wav[:, ::5000], CPU)
     if common.rank() == 0:
-        measured = dict(mean=mean, precision=matrix @ matrix.T, **codebook.state_dict())
+        measured = dict(mean=mean, precision=matrix @ matrix.T, heard=heard, **codebook.state_dict())
         torch.save(measured, out / "measured.pt")
 
 def run_the_loop(out, packs, ragged):
@@ -209,42 +445,107 @@ def run_the_loop(out, packs, ragged):
     train_mam.main(data=ragged, iter=2, model="micro", **flags)
     finetune.main(data=ragged, init=f"{out}/mam_iter2.pt", eval_every=2, **flags)
 
-def on_ranks(out, begun, toy, ragged):
+def on_ranks(out, begun, uneven, toy, ragged):
     """Do on each of several ranks, or on the only one, what the tests below look at."""
     common.setup("cpu")
-    take_second_step(begun, out / "step", toy)
-    measure_together(out)
+    take_second_step(begun, out / "step", uneven)
+    measure_together(out, toy)
     if common.world() == 2:
         run_the_loop(out / "loop", f"{ragged}:0.5,{toy}:0.5", ragged)
+        lose_second_step(begun, out / "lost", uneven)
 
 @pytest.fixture(scope="module")
-def ranks(begun, toy, ragged, tmp_path_factory):
-    """A folder of what one, two and four ranks wrote, and what two printed."""
+def ranks(begun, uneven, toy, ragged, tmp_path_factory):
+    """A folder of what one rank wrote, in one part and in several, and what two wrote and printed."""
     out = tmp_path_factory.mktemp("ranks")
-    on_ranks(out / "1", begun, toy, ragged)
-    take_second_step(begun, out / "parts/step", toy, device_seconds=6.0)
-    for world in (4, 2):
-        process = torchrun(world, __file__, out / str(world), begun, toy, ragged)
-        output, error = process.communicate(timeout=240)
-        assert process.returncode == 0, output + error
-        (out / "printed.txt").write_text(output)
+    packs = uneven, toy, ragged
+    on_ranks(out / "1", begun, *packs)
+    take_second_step(begun, out / "parts/step", uneven, device_seconds=6.0)
+    (out / "printed.txt").write_text(start_ranks(2, out / "2", begun, *packs))
     return out
 
+def start_ranks(world, *names):
+    process = torchrun(world, __file__, *names)
+    output, error = process.communicate(timeout=240)
+    assert process.returncode == 0, output + error
+    return output
+
+def moments(path, order="exp_avg"):
+    states = content(path)["optimizer"].values()
+    return torch.cat([state[order].flatten() for state in states]).double()
+
+def mean_loss(name, begun, uneven, teacher):
+    """Return the loss of the second step of a script by its definition, and the model."""
+    ckpt, sounds, pack = content(begun / f"{name}.pt"), data.Sounds(uneven, 0.0, 75.0), data.Pack(uneven)
+    encoder = Encoder(EncoderConfig(**ckpt["encoder"]))
+    made = {NAMES[train_mam]: lambda: MaskedAudioModel(encoder, 1024, 1, 32),
+            NAMES[train_tokenizer]: lambda: SelfDistilledTokenizer(encoder, **ckpt["tokenizer"]),
+            NAMES[finetune]: lambda: Classifier(encoder, pack.classes)}
+    model = made[name]()
+    model.load_state_dict(ckpt["model"])
+    if name == NAMES[finetune]:
+        clips = np.argsort(-pack.samples[:45], kind="stable")
+        batch = data.to_device(data.Clips([pack])[[(clip, 0, 1, i) for i, clip in enumerate(clips)]], CPU)
+        x, valid = patchify(encoder.normalise(fbank(batch["wav"]))), batch["valid"]
+        logits = model(x, valid, random_mask(batch["noise"], valid, 0.6)[0])
+        return F.cross_entropy(logits, pack.table[0][clips].float().argmax(1)), model
+
+    batch = data.to_device(next(sounds.batches(ckpt["place"])), CPU)
+    if name == NAMES[train_mam]:
+        inputs, targets = train_mam.prepare(batch, encoder, load_tokenizer(begun / "tokenizer_iter1.pt"), 0.6)
+        return F.cross_entropy(model(**inputs).mT, targets, ignore_index=-1), model
+    cfg = train_tokenizer.Config(dtype="float32")
+    inputs, target, _ = train_tokenizer.prepare(batch, model, load(teacher), cfg)
+    predicted, commitment, _, _ = model(**inputs)
+    loss = 1 - F.cosine_similarity(predicted, target, dim=-1) + 0.5 * commitment
+    return loss[batch["valid"]].mean(), model
+
 @pytest.mark.parametrize("name", NAMES.values())
-def test_ranks_and_parts_give_the_gradient_of_one(name, begun, ranks):
-    def moments(path):
-        state = content(path)["optimizer"]["state"].values()
-        return torch.cat([moment["exp_avg"].flatten() for moment in state]).double()
+def test_ranks_and_parts_give_the_gradient_of_one_of_the_mean_loss(name, begun, ranks, uneven, loop):
     def gradient(run):          # Adam's first moment: 0.9 times the one before + 0.1 times the gradient
         return 10 * moments(ranks / run / f"step/{name}.pt") - 9 * moments(begun / f"{name}.pt")
     one = gradient("1")
     assert one.norm() > 0
-    for run in ("2", "4", "parts"):
+    for run in ("2", "parts"):
         assert (gradient(run) - one).norm() <= 2e-5 * one.norm(), run
 
-def test_ranks_agree_on_codebook_and_statistics(ranks):
-    for world in "24":
-        torch.testing.assert_close(content(ranks / world / "measured.pt"), content(ranks / "1/measured.pt"))
+    loss, model = mean_loss(name, begun, uneven, f"{loop[0]}/mam_iter1.pt")
+    logged = [line["loss"] for line in log(ranks / f"1/step/{name}.jsonl") if "loss" in line]
+    assert logged[-1] == pytest.approx(loss.item(), rel=1e-4)
+    loss.backward()
+    norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
+    assert one.norm().item() == pytest.approx(norm.item(), rel=1e-3)
+
+@pytest.mark.parametrize("name", NAMES.values())
+def test_ranks_and_parts_log_what_one_does(name, begun, ranks):
+    def logged(run, key):       # after the second step; what is measured by the clock aside
+        lines = log(ranks / run / f"step/{name}.jsonl")[len(log(begun / f"{name}.jsonl")):]
+        values = next((line for line in lines if key in line), {})
+        return {name: values[name] for name in values.keys() - {"minutes", "x_realtime", "mfu"}}
+    assert {"loss", "step"} <= logged("1", "loss").keys()
+    for run in ("2", "parts"):
+        assert logged(run, "loss") == pytest.approx(logged("1", "loss"), rel=1e-5)
+    assert ("valid_loss" in logged("1", "valid_loss")) == (name != NAMES[finetune])
+    for run in ("2", "parts"):
+        assert logged(run, "valid_loss") == pytest.approx(logged("1", "valid_loss"), rel=1e-5)
+
+def test_ranks_agree_on_codebook_statistics_and_scores(ranks):
+    torch.testing.assert_close(content(ranks / "2/measured.pt"), content(ranks / "1/measured.pt"))
+
+@pytest.mark.slow
+def test_four_ranks_do_as_one(begun, ranks, uneven, toy, ragged):
+    start_ranks(4, ranks / "4", begun, uneven, toy, ragged)
+    torch.testing.assert_close(content(ranks / "4/measured.pt"), content(ranks / "1/measured.pt"))
+    for name in NAMES.values():
+        one, four = (moments(ranks / run / f"step/{name}.pt") for run in "14")
+        assert (four - one).norm() <= 2e-5 * (one - 0.9 * moments(begun / f"{name}.pt")).norm()
+
+@pytest.mark.parametrize("name", NAMES.values())
+def test_a_nan_of_one_rank_leaves_the_step_out_on_all(name, begun, ranks):
+    before, after = tensors_of(begun / f"{name}.pt"), tensors_of(ranks / f"2/lost/{name}.pt")
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert content(ranks / f"2/lost/{name}.pt")["step"] == 2
+    assert sum(line.get("skipped", 0) for line in log(ranks / f"2/lost/{name}.jsonl")) == 1
 
 def test_two_ranks_run_the_loop_as_one(ranks):
     printed = (ranks / "printed.txt").read_text()
@@ -275,6 +576,6 @@ def test_no_rank_aborts_when_its_work_is_done(toy, tmp_path):
         assert process.returncode == 0, error
 
 if __name__ == "__main__":
-    out, begun, toy, ragged = sys.argv[1:]
-    on_ranks(Path(out), Path(begun), toy, ragged)
+    out, begun, *packs = sys.argv[1:]
+    on_ranks(Path(out), Path(begun), *packs)
     common.leave()

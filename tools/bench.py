@@ -216,7 +216,8 @@ def results(pieces, cfg, device):
 
 def main(**flags):
     cfg = Config(**flags)
-    common.positive(cfg, "clips", "seconds", "runs")
+    common.check_flags(cfg)
+    check(cfg.clips > 0, f"--clips {cfg.clips}: has to be above 0")
     sizes = cfg.model.split(",")
     wanted = cfg.only.split(",")
     check(set(sizes) <= set(PRESETS), f"--model {cfg.model}: sizes are {', '.join(PRESETS)}")

@@ -95,11 +95,10 @@ def training_step(name, size, device, dtype, compile=False, clips=2, seconds=2.5
         with common.autocast(device, dtype):
             sums = losses(batch)
         (sums["loss"] / sums["count"]).float().backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
         meter.add(sums)
-        meter.heard(dict(seconds=clips * seconds))
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        finite = common.step_if_finite(optimizer, norm)
+        meter.heard(dict(seconds=clips * seconds), finite)
         return sums["loss"].detach() / sums["count"]
 
     return step, net, meter
@@ -384,7 +383,8 @@ def explain(error):
 
 def main(**flags):
     cfg = Config(**flags)
-    common.positive(cfg, "clips", "minutes")
+    common.check_flags(cfg)
+    check(cfg.clips > 0, f"--clips {cfg.clips}: has to be above 0")
     sizes = set(cfg.model.split(","))
     check(sizes <= set(model.PRESETS), f"--model {cfg.model}: sizes are {', '.join(model.PRESETS)}")
     device = common.setup(cfg.device)[2]

@@ -11,7 +11,7 @@ later than the one before; an embedding is the mean over the 8 bands of one row,
 import torch
 import torch.nn.functional as F
 
-from audio import BANDS, MIN_SAMPLES, ROW, SAMPLE_RATE, chunks
+from audio import BANDS, MIN_SAMPLES, ROW, SAMPLE_RATE, check_wav, windows
 from common import check
 from model import load_encoder
 
@@ -35,14 +35,15 @@ def load_model(model_file_path=""):
 def rows(audio, model):
     """(B, n) -> (B, R, D): mean over bands of every patch row."""
     parts = []
-    for chunk in chunks(audio):
-        x, _ = model.features(chunk)
+    for _, part in windows(audio):
+        x, _ = model.features(part)
         parts.append(x.unflatten(1, (-1, BANDS)).mean(2))
     return torch.cat(parts, 1)
 
 
 def get_timestamp_embeddings(audio, model):
     """audio: (B, n) in [-1, 1] at 16 kHz -> (B, T, D) float32; (B, T) centres, 40 milliseconds apart."""
+    check_wav(audio)
     n = audio.shape[1]
     padded = F.pad(audio, (0, ROW - STEP))
     shifted = [rows(padded[:, shift : shift + n], model) for shift in range(0, ROW, STEP)]

@@ -61,7 +61,7 @@ from audio import (
     patchify,
     resample
 )
-from common import UserError, check, parse, positive, setup
+from common import UserError, check, check_flags, parse, setup
 from data import Pack
 from tokenizer import (
     RandomProjectionTokenizer,
@@ -568,7 +568,7 @@ def read_flags(argv):
     names = list(itertools.takewhile(lambda word: word[:1] != "-", argv))
     cfg = Config(**parse(Config, __doc__, argv[len(names) :]))
     check(names, "name tokenizers before the flags: checkpoints, random, random-plain, kmeans")
-    positive(cfg, "draws", "bootstraps", "figure_copies")
+    check_flags(cfg)
     for condition in f"{cfg.conditions},{cfg.figure_condition}".split(","):
         known = re.fullmatch(r"((reverb|gain|noise-?\d+)(\+(?!$)|$))+", condition)
         check(
