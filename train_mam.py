@@ -12,7 +12,8 @@ log). Watch `valid_loss` against `entropy_given_band`: as long as it is not well
 codes occur in which frequency band and nothing else.
 
 Glossary: loss, in nats per masked patch that is not silence; accuracy on the same; codes_used, perplexity of
-the codes in the training data; x_realtime: seconds of audio per second; mfu: share of the device's rate at
+the codes in the training data; skipped: steps since the last line that were left out, for their gradient was
+not finite; x_realtime: seconds of audio per second; mfu: share of the device's rate at
 matrix products, measured at the start, that goes into those of the model.
 """
 import dataclasses
