@@ -128,6 +128,8 @@ def test_every_flag_that_the_readme_names_is_one():
     known = {"help"}
     for script in [*SCRIPTS.values(), *TOOLS.values()]:
         known.update(field.name for field in dataclasses.fields(script.Config))
+    for recipe in (ROOT / "recipes").glob("*.py"):      # of data.py
+        known.update(re.findall(r'"--(\w+)"', recipe.read_text()))
     assert known.issuperset(re.findall(r"`--(\w+)", (ROOT / "README.md").read_text()))
 
 # ---- what a recipe does
