@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -82,6 +83,7 @@ def parse(Config, doc, argv=None):
     return vars(parser.parse_args(argv))
 
 
+@functools.cache
 def comments_of(Config):
     """Return {field: the comment behind it}."""
     return dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
@@ -269,7 +271,7 @@ class Lock:
 
 class LockFile:
     def __init__(self, path):
-        self.number = os.open(path, os.O_CREAT | os.O_RDWR)
+        self.number = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
 
     def __del__(self):
         os.close(self.number)

@@ -225,31 +225,20 @@ def test_what_is_kept_for_good_has_to_be_saved_at_all(tmp_path):
     with pytest.raises(UserError, match="--keep_every 15: has to be a multiple of --save_every 10"):
         common.begin(Config, dict(keep_every=15, save_every=10), "x")
 
-@pytest.mark.parametrize("seconds, steps", [
-    (0.101, [1, 20, 39]), (0.7, range(1, 41, 2)), (4.0, range(1, 41))])
-def test_ranks_ask_each_other_every_two_seconds_or_every_slow_step(seconds, steps, monkeypatch):
+@pytest.mark.parametrize("first, seconds, steps", [
+    (1, 0.101, [1, 20, 39]), (1, 0.7, range(1, 41, 2)), (1, 4.0, range(1, 41)),
+    (100_001, 4.0, range(100_001, 100_041))])               # of a run that is resumed
+def test_ranks_ask_each_other_every_two_seconds_or_every_slow_step(first, seconds, steps, monkeypatch):
     clock, asked = [0.0], []
     monkeypatch.setattr(common, "world", lambda: 2)
     monkeypatch.setattr(common, "all_sum", lambda x: asked.append(step) or 2 * x)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     stop = common.Stop()
-    for step in range(1, 41):
+    for step in range(first, first + 40):
         clock[0] += seconds
         assert not stop.now(step, CPU)
     stop.close()
     assert asked == list(steps)
-
-def test_a_resumed_run_of_slow_steps_is_asked_from_its_first_step_on(monkeypatch):
-    clock, asked = [0.0], []
-    monkeypatch.setattr(common, "world", lambda: 2)
-    monkeypatch.setattr(common, "all_sum", lambda x: asked.append(step) or 2 * x)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    stop = common.Stop()
-    for step in range(100_001, 100_006):
-        clock[0] += 4.0
-        assert not stop.now(step, CPU)
-    stop.close()
-    assert asked == list(range(100_001, 100_006))
 
 def test_a_script_can_run_in_a_thread_where_signals_do_not_come():
     with ThreadPoolExecutor(1) as pool:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -465,10 +466,21 @@ def ranks(begun, uneven, toy, ragged, tmp_path_factory):
     return out
 
 def start_ranks(world, *names):
-    process = torchrun(world, __file__, *names)
-    output, error = process.communicate(timeout=240)
-    assert process.returncode == 0, output + error
-    return output
+    """Run this file as several ranks, as torchrun does, and return what the first printed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = dict(MASTER_ADDR="localhost", MASTER_PORT=port, WORLD_SIZE=world)
+    shared |= dict(OMP_NUM_THREADS=1, PYTHONPATH=ROOT)
+    processes = []
+    for rank in range(world):
+        environment = {name: str(value) for name, value in dict(shared, RANK=rank, LOCAL_RANK=rank).items()}
+        processes.append(subprocess.Popen([sys.executable, __file__, *map(str, names)], cwd=ROOT, text=True,
+                                          env=os.environ | environment, stdout=subprocess.PIPE,
+                                          stderr=subprocess.STDOUT))
+    printed = [process.communicate(timeout=240)[0] for process in processes]
+    assert not any(process.returncode for process in processes), "".join(printed)
+    return printed[0]
 
 def moments(path, order="exp_avg"):
     states = content(path)["optimizer"].values()
