@@ -833,7 +833,7 @@ class Meter:
         self.skipped = self.skipped + ~finite
         self.skipped_in_a_row = torch.where(finite, 0, self.skipped_in_a_row + 1)
 
-    def check_finite(self, path, batch, names, validate=None):
+    def check_steps(self, path, batch, names, validate=None):
         """Raise UserError where it is no use to go on, or to save. Waits for the device.
 
         That is after 20 skipped steps in a row. After fewer it may be the batches, or the weights, which

@@ -397,13 +397,13 @@ def finetune(cfg, flags, pack, split, stem, labels, several):
         last = stopped or done == cfg.max_steps
         if last or done % cfg.log_every == 0:
             log(step=done, **meter.read(), lr=lr, epoch=place[0])
-            meter.check_finite(path, batch, pack.names)
+            meter.check_steps(path, batch, pack.names)
         with meter.paused():
             due = len(valid) > 0 if done == cfg.max_steps else done % cfg.eval_every == 0
             if due and not stopped:
                 evaluate()
             if last or done % cfg.save_every == 0:
-                meter.check_finite(path, batch, pack.names, evaluate)
+                meter.check_steps(path, batch, pack.names, evaluate)
                 save(path, owed=due and stopped)
         if stopped:
             stop.close()

@@ -249,13 +249,13 @@ def main(**flags):
         last = stopped or done == cfg.max_steps
         if last or done % cfg.log_every == 0:
             log(step=done, **meter.read(), lr=lr, epoch=batch["next"][0])
-            meter.check_finite(path, batch, sounds.names)
+            meter.check_steps(path, batch, sounds.names)
         with meter.paused():
             due = done % cfg.eval_every == 0 or done == cfg.max_steps
             if due and not stopped:
                 result = evaluate()
             if last or done % cfg.save_every == 0:
-                meter.check_finite(path, batch, sounds.names, evaluate)
+                meter.check_steps(path, batch, sounds.names, evaluate)
                 content = dict(encoder=dataclasses.asdict(encoder.cfg), model=model.state_dict())
                 content |= dict(packs=sounds.ids(), tokenizer=tokenizer.id(), probe=before)
                 content |= dict(owed=due and stopped)

@@ -315,13 +315,13 @@ def main(**flags):
             counts, revived = torch.zeros_like(counts), 0
             if used["perplexity"] < 0.05 * cfg.codes:
                 log(COLLAPSE)
-            meter.check_finite(path, batch, sounds.names)
+            meter.check_steps(path, batch, sounds.names)
         with meter.paused():
             due = done % cfg.eval_every == 0 or done == cfg.max_steps
             if due and not stopped:
                 result = evaluate()
             if last or done % cfg.save_every == 0:
-                meter.check_finite(path, batch, sounds.names, evaluate)
+                meter.check_steps(path, batch, sounds.names, evaluate)
                 content = model.state() | dict(packs=sounds.ids(), targets=cfg.targets)
                 content |= dict(owed=due and stopped)
                 common.save_training(path, cfg, optimizer, batch["next"], done, **content)
