@@ -11,8 +11,8 @@
 # begin with speech or music.
 #
 # The same command goes on where it was interrupted. One job alone: runs/evidence.sh AUDIO JOB SEED. In the
-# environment: OUT, JOBS=2, SEEDS="0 1 2", and JOB_NAMES to choose among those at the end of this file. Each
-# stage has a log in $OUT/logs, which says what it cost.
+# environment: OUT; JOBS=2; SEEDS="0 1 2"; FIRST=smooth, the iteration 1 that all later ones build on; and what
+# stages.sh heeds. Each stage has a log in $OUT/logs, which says what it cost.
 #
 # A pre-training of 4,000 steps and its scores take 20 to 30 minutes of a core where bfloat16 is fast; all
 # of it, some 60 pre-trainings, a day on two.
@@ -24,9 +24,9 @@ SEEDS=${SEEDS:-0 1 2}
 PACKS=$OUT/packs
 SETS="esc50 words emotions"
 HEARD="--data $PACKS/esc50,$PACKS/speech,$PACKS/music --leave_out 5"
+FIRST=${FIRST:-smooth}
 MAM="--batch_seconds 82 --max_steps 4000 --warmup_steps 400 --log_every 100 $MAM"
 TOKENIZER="--max_steps 800 --log_every 100 $TOKENIZER"
-BEST_CODES="--targets whiten --disturb 0.5 --estimator_blocks 1"
 TIMEFORMAT="core seconds: %U + %S"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -118,10 +118,12 @@ def write(name, rows):
         table.writerows(rows)
 
 
-words = [row for row in rows("arabic_kws") if row["fold_or_split"] == "train"]
+words = list(rows("arabic_kws"))
+heard = [row for row in words if row["fold_or_split"] == "train"]
 mix = list(rows("pretrain_mix"))
-sounds = [dict(row, fold_or_split="train") for row in rows("esc50") if row["fold_or_split"] != "5"]
-write("speech.csv", words + [row for row in mix if row["label"].startswith("speech")])
+split = {"5": "test"}
+sounds = [dict(row, fold_or_split=split.get(row["fold_or_split"], "train")) for row in rows("esc50")]
+write("speech.csv", heard + [row for row in mix if row["label"].startswith("speech")])
 write("music.csv", [row for row in mix if row["label"].startswith("music")])
 write("labels.csv", words + sounds)
 END
@@ -157,6 +159,79 @@ plain() { mam plain/$SEED 1 $HEARD --projection plain; scores plain/$SEED 1; }
 reconstruct() { CODE=$OUT/code/$JOB mam $JOB/$SEED 1 $HEARD; scores $JOB/$SEED 1; }
 reconstruct_raw() { reconstruct; }
 
+# 2. Iterations. 3+: the teacher is iteration 2, fine-tuned with the labels of two sets at once
+iterations() {
+    local folder=$JOB/$SEED
+    tokenizer $folder 2 --teacher $OUT/$FIRST/$SEED/mam_iter1.pt $CODES
+    mam $folder 2 $HEARD
+    scores $folder 2
+    tokenizer $folder 3 --teacher $OUT/$folder/mam_iter2.pt $CODES
+    mam $folder 3 $HEARD
+    scores $folder 3
+}
+iterations_whiten() { CODES="--targets whiten --disturb 0.5 --estimator_blocks 1" iterations; }
+plus() {
+    local teacher=$OUT/plus/$SEED/finetune_labels.pt
+    logged finetune_plus_${SEED}_labels stage $teacher finetune.py --data $PACKS/labels --name labels \
+        --init $OUT/iterations/$SEED/mam_iter2.pt --out_dir $OUT/plus/$SEED --max_steps 4000 \
+        --eval_every 1000 --seed $SEED $FINETUNE
+    tokenizer plus/$SEED 3 --teacher $teacher
+    mam plus/$SEED 3 $HEARD
+    scores plus/$SEED 3
+}
+
+# 3. Mixtures: the same seconds heard, in other shares of speech, music and sounds of the surroundings
+mixture() {
+    local data=$PACKS/speech:$1,$PACKS/music:$2,$PACKS/esc50:$3
+    mam $JOB/$SEED 1 --data $data --leave_out 5 --projection $FIRST
+    scores $JOB/$SEED 1
+}
+speech_heavy() { mixture 70 15 15; }
+balanced() { mixture 40 30 30; }
+
+# 4. Ensembles: features of the two mixtures side by side, and of two seeds of one; means of probabilities
+both() {
+    local name=$1 set
+    for set in $SETS; do
+        probe ensembles/$SEED $name $set $2,$3
+        probe ensembles/$SEED ${name}_all $set $2,$3 --layers all
+    done
+}
+ensembles() {
+    local other=$(((SEED + 1) % 3)) kind seed members=
+    both mixtures $OUT/speech_heavy/$SEED/mam_iter1.pt $OUT/balanced/$SEED/mam_iter1.pt
+    for kind in speech_heavy balanced; do
+        both $kind $OUT/$kind/$SEED/mam_iter1.pt $OUT/$kind/$other/mam_iter1.pt
+    done
+    for seed in $SEED $other $(((SEED + 2) % 3)); do
+        for kind in speech_heavy balanced; do
+            members=$members${members:+,}$OUT/$kind/$seed/finetune_iter1_
+        done
+        average esc50 _fold5 "--fold 5"
+        average words
+    done
+}
+
+# average SET SUFFIX FLAG...: the mean of fine-tuned members, and each alone
+average() {
+    local set=$1 suffix=$2 files=${members//iter1_/iter1_$1$2.pt}
+    local name=$(wc -w <<< ${members//,/ })_$set
+    [ -e $OUT/ensembles/$SEED/ensemble_$name$suffix.csv ] || logged ensemble_${SEED}_$name run \
+        python evaluate.py --data $PACKS/$set $3 --ensemble $files --out_dir $OUT/ensembles/$SEED --name $name
+}
+
+# 5. What the predictor's width is worth; 128 is the one of all other rows
+predictor() {
+    local folder=predictor_$1/$SEED
+    mam $folder 1 $HEARD --projection $FIRST --predictor_dim $1
+    scores $folder 1
+    mam $folder 2 $HEARD --tokenizer $OUT/iterations/$SEED/tokenizer_iter2.pt --predictor_dim $1
+    scores $folder 2
+}
+predictor_192() { predictor 192; }
+predictor_96() { predictor 96; }
+predictor_64() { predictor 64; }
+
 # at_once JOB...: each with every seed, $JOBS of them at a time
 at_once() {
     for seed in $SEEDS; do for job in "$@"; do echo $job $seed; done; done \
@@ -169,3 +244,8 @@ if [ -n "$JOB" ]; then
 fi
 packs
 at_once smooth plain reconstruct reconstruct_raw scratch
+at_once iterations
+at_once iterations_whiten plus
+at_once speech_heavy balanced
+at_once ensembles
+SEEDS="0 1" at_once predictor_192 predictor_96 predictor_64
