@@ -130,14 +130,20 @@ END
 }
 
 packs() {
-    mkdir -p $PACKS
-    tables
+    if [ -z "$DRY_RUN" ]; then
+        mkdir -p $PACKS
+        tables
+        changed_code
+    fi
     pack esc50 $AUDIO/esc50/meta.csv
     pack words $AUDIO/arabic_kws/meta.csv
     pack emotions $AUDIO/ravdess/meta.csv
     for name in speech music labels; do pack $name $PACKS/$name.csv; done
+}
 
-    # the opponent's code: a copy of ours with the change; "raw" lacks the line that normalises patches
+# the opponent's code: a copy of ours with the change; "raw" lacks the line that normalises patches
+changed_code() {
+    local name
     for name in reconstruct reconstruct_raw; do
         mkdir -p $OUT/code/$name
         cp -R *.py recipes $OUT/code/$name

@@ -64,6 +64,7 @@ def read_flags(command):
     """Let the script that a command runs read its flags; returns its name, or None, and the flags typed."""
     words = iter(shlex.split(command, comments=True))
     for word in words:
+        word = Path(word).name if word.endswith(".py") else word    # of a copy with changes, too
         if word in SCRIPTS:
             flags = common.parse(SCRIPTS[word].Config, "", list(words))
             assert flags.get("task", "custom") in finetune.TASKS
@@ -86,7 +87,9 @@ def files(name, flags):
         return [flags.get("teacher", f"{out}/mam_iter{number - 1}.pt")], [tokenizer]
     if name == "finetune.py":
         return [flags["init"]], [f"{out}/finetune_{flags['name']}{fold and '_fold'}{fold}.pt"]
-    return flags.get("names", [flags.get("init")]), []      # of the report, of evaluate.py
+    if "names" in flags:
+        return flags["names"], []                           # of the report
+    return (flags.get("init") or flags["ensemble"]).split(","), []
 
 RECIPES = {
     "paper_base.sh packs/audioset": [4, 3, 4, 0],
@@ -94,6 +97,20 @@ RECIPES = {
     "icme_large.sh balanced {toy},{ragged} {toy} {labelled} codes.pt": [1, 0, 0, 0],
     "iterations.sh {toy},{ragged} {ragged} 2": [4, 3, 6, 5],
     "iterations.sh {toy} {labelled}": [4, 3, 6, 5]}
+
+def test_the_evidence_has_flags_that_scripts_know_and_files_of_earlier_ones(tmp_path):
+    run = recipe("evidence.sh", "audio", DRY_RUN="1", OUT=str(tmp_path), JOBS="1", **dict.fromkeys(FLAGS, ""))
+    assert run.returncode == 0, run.stderr
+    there = {"scratch"}
+    for name, flags in map(read_flags, re.findall(r"^\+ (.*)$", run.stdout, re.M)):
+        if name is None:                                    # data.py makes a pack
+            continue
+        needed, made = files(name, flags)
+        assert there.issuperset(needed), (name, flags)
+        there.update(made)
+    assert {f"{tmp_path}/{row}/{seed}/mam_iter{number}.pt" for row, number in [("plus", 3), ("balanced", 1)]
+            for seed in range(3)} <= there
+    assert not any(tmp_path.iterdir())
 
 @pytest.mark.parametrize("command, counts", RECIPES.items())
 def test_stages_have_flags_that_scripts_know_and_files_of_earlier_ones(command, counts, packs, tmp_path):
