@@ -534,7 +534,11 @@ class Encoder(nn.Module):
         if layer is None:
             return self(patches, valid), valid
         states = self(patches, valid, all_layers=True)
-        return (torch.stack(states) if layer == "all" else states[layer]), valid
+        if layer == "all":
+            return torch.stack(states), valid
+        if layer not in range(len(states)):
+            raise ValueError(f"layer is None, \"all\" or 0 to {len(states) - 1}, not {layer!r}")
+        return states[layer], valid
 
     def embed(self, wav, lengths=None, padding="exact"):
         """Average the features over the real tokens: (B, D)."""
@@ -1144,6 +1148,7 @@ def load_official(path, reorder=None, class_csv=None):
 def export_official(model, path, espnet=False):
     """Write an Encoder or Classifier in the released layout, readable by Microsoft's code (strict).
 
+    That code knows sigmoids only, also where classes exclude each other; load() reads which it is.
     espnet: with two constants more, which ESPnet and openbeats ask for where they load strictly.
     """
     cfg, state = encoder_to_official(getattr(model, "encoder", model))
@@ -1157,7 +1162,10 @@ def export_official(model, path, espnet=False):
         predictor_class=len(model.labels)
     )
     state |= {"predictor.weight": model.head.weight, "predictor.bias": model.head.bias}
-    save_official(path, cfg, state, label_dict=dict(enumerate(model.labels)))
+    beside = dict(label_dict=dict(enumerate(model.labels)))
+    if not model.multilabel:
+        beside["multilabel"] = False
+    save_official(path, cfg, state, **beside)
 
 
 def save_official(path, cfg, state, **more):

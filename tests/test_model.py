@@ -219,6 +219,11 @@ def test_a_model_of_another_precision_gives_nearly_the_same(random_encoder, dtyp
     for full, other in zip(*results):
         assert (full - other).abs().max() < error * full.abs().max()
 
+@pytest.mark.parametrize("layer", [9, -1, "last"])
+def test_layers_that_are_not_there_are_refused(random_encoder, layer):
+    with pytest.raises(ValueError, match='layer is None, "all" or 0 to 2'):
+        random_encoder.features(torch.zeros(1, 16000), layer=layer)
+
 def test_kept_tokens_stand_at_their_true_positions(random_encoder):
     # independent truth: the forward on all tokens, of which the others are padding,
     # and the position convolution hears the rest louder
@@ -365,6 +370,14 @@ def test_statistics_of_the_filter_bank_come_through_an_export(random_encoder, tm
     other = load_encoder(path, fbank=(10.0, 4.0))
     random_encoder.cfg = dataclasses.replace(MICRO, fbank_mean=10.0, fbank_std=4.0)
     assert torch.equal(other.embed(wav), random_encoder.embed(wav))
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_probabilities_come_through_an_export(random_encoder, multilabel, tmp_path):
+    """Also of classes that exclude each other, which no released file has."""
+    classifier, wav = Classifier(random_encoder, ["a", "b", "c"], multilabel).eval(), torch.randn(1, 8000)
+    torch.nn.init.normal_(classifier.head.weight)
+    export_official(classifier, tmp_path / "x.pt")
+    assert torch.equal(load(tmp_path / "x.pt").predict(wav), classifier.predict(wav))
 
 def test_other_dimensions_are_read_from_the_file(tmp_path):
     shape = dict(layers=3, dim=48, heads=3, ffn=80, patch_dim=48, conv_pos=9, conv_groups=2, buckets=64)
