@@ -109,7 +109,7 @@ def find_audio(root, suffixes=SUFFIXES):
 
     counts = ", ".join(f"{ending} {count}" for ending, count in sorted(others.items()))
     check(files, f"{name}: no audio files below it ({counts or ' '.join(sorted(suffixes))})")
-    left = f"{name}: {others.total()} files with other endings left out: {counts}"
+    left = f"{name}: left out: {counts}"
     return sorted(files), left if others else ""
 
 
@@ -318,6 +318,9 @@ def load_audio(paths):
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
+    named = [isinstance(path, (str, Path)) for path in paths]
+    if not named or not all(named):
+        raise ValueError("load_audio takes the path of a file, or a list of paths")
     return pad_batch([read_audio(path) for path in paths])
 
 
@@ -354,11 +357,22 @@ def constants_on(device):
 
 def check_wav(wav):
     """Raise ValueError unless wav is a float tensor (B, n)."""
-    if wav.dim() != 2 or not wav.is_floating_point():
+    if not torch.is_tensor(wav):
+        raise ValueError(f"sound is a float tensor (clips, samples), not a {type(wav).__name__}")
+    if wav.dim() != 2 or not wav.is_floating_point() or not len(wav):
         raise ValueError(
             f"sound is a float tensor (clips, samples), not {wav.dtype} of shape "
             f"{tuple(wav.shape)}; a single clip is wav[None], a stereo clip wav.mean(0)[None]"
         )
+
+
+def check_level(wav):
+    """Raise ValueError unless samples are finite and near [-1, 1]. Looked at on the CPU only, see below."""
+    if wav.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return
+    peak = float(wav.detach().abs().amax()) if wav.numel() else 0.0
+    if not peak < 100:
+        raise ValueError(f"samples are in [-1, 1], here up to {peak}; int16 is to be divided by 32768")
 
 
 def fbank(wav):
@@ -457,9 +471,9 @@ def check_lengths(lengths, B, n):
 
     Their values are looked at on the CPU only: a GPU would have to wait, and a graph cannot.
     """
-    said = "lengths are samples, 0 to those of the batch, one number for each clip (or one for all)"
+    said = "lengths are samples, 0 to those of the batch, one for each clip (or one for all)"
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise ValueError(f"{said}, whole numbers, not {lengths.dtype}; seconds are times 16000")
+        raise ValueError(f"{said}, whole numbers, not {lengths.dtype}; shares of the batch are times wav.shape[1]")
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return
     if lengths.shape not in ((), (B,)):
@@ -482,6 +496,7 @@ def prepare_clips(wav, lengths=None, padding="exact"):
     if padding == "exact":
         wav = wav.masked_fill(torch.arange(n, device=wav.device) >= lengths[:, None], 0)
         lengths = torch.where(lengths > 0, lengths.clamp(min=MIN_SAMPLES), 0)
+    check_level(wav)
     if n < MIN_SAMPLES:
         wav = F.pad(wav, (0, MIN_SAMPLES - n))
     return wav, valid_tokens(lengths, wav.shape[1], padding)

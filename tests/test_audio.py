@@ -1,4 +1,5 @@
 """From a sound file to patches: against the official filter bank, naive loops, files of soundfile."""
+import io
 import math
 import os
 import sys
@@ -130,6 +131,19 @@ def test_lengths_that_are_no_samples_are_refused(lengths):
     with pytest.raises(ValueError, match="lengths are samples"):
         prepare_clips(torch.zeros(2, 16000), lengths)
 
+@pytest.mark.parametrize("peak", [32768.0, -2000.0, float("nan"), float("inf")])
+def test_samples_that_are_not_of_this_range_are_refused(peak):
+    wav = torch.zeros(2, 16000)
+    wav[1, 12000] = peak
+    with pytest.raises(ValueError, match=r"samples are in \[-1, 1\]"):
+        prepare_clips(wav)
+    prepare_clips(wav, [16000, 12000])                  # what stands beyond a clip has no effect
+
+@pytest.mark.parametrize("files", [[], io.BytesIO(b"RIFF"), [io.BytesIO(b"RIFF")], [None]])
+def test_files_that_are_no_paths_are_refused(files):
+    with pytest.raises(ValueError, match="load_audio takes the path of a file"):
+        load_audio(files)
+
 def test_lengths_are_any_whole_numbers():
     wav = torch.zeros(2, 16000)
     for lengths in ([100, 200], (100, 200), np.array([100, 200]), torch.tensor([9, 200], dtype=torch.uint8)):
@@ -137,7 +151,8 @@ def test_lengths_are_any_whole_numbers():
     assert prepare_clips(wav, 8000)[1].sum(1).tolist() == [24, 24]
     assert prepare_clips(wav, [0, 16000])[1].sum(1).tolist() == [0, 48]
 
-@pytest.mark.parametrize("wav", [torch.zeros(16000), torch.zeros(2, 1, 16000), torch.zeros(1, 16000).short()])
+@pytest.mark.parametrize("wav", [torch.zeros(16000), torch.zeros(2, 1, 16000), torch.zeros(1, 16000).short(),
+                                 torch.zeros(0, 16000), np.zeros((1, 16000)), [0.0]])
 def test_other_layouts_are_named(wav):
     with pytest.raises(ValueError, match=r"float tensor \(clips, samples\)"):
         prepare_clips(wav)
@@ -389,7 +404,7 @@ def test_audio_below_a_folder(tmp_path, capsys):
     (root / "b/round").symlink_to(root)                              # a link back up
     names = ["a.mp3", "b/1.Wave", "b/2.FLAC", "b/linked.wav", "linked/3.wav"]
     assert audio_files(root) == [root / name for name in names]
-    assert capsys.readouterr().err == f"{root}: 3 files with other endings left out: .m4a 2, no ending 1\n"
+    assert capsys.readouterr().err == f"{root}: left out: .m4a 2, no ending 1\n"
 
     for number in range(8):                                          # of several ways always the same
         (root / "b" / f"{7 - number}").symlink_to(tmp_path / "else")
