@@ -15,7 +15,8 @@ from recipes.tables import (
     read_table,
     row_of,
     seconds_of,
-    separator_of
+    separator_of,
+    split_of
 )
 
 COLUMNS = dict(
@@ -99,13 +100,14 @@ def rows(args):
         start, end = 0.0, None
         if not args.no_times:
             start, end = seconds_of(cells.get("start"), cells.get("end"), where)
-        row = row_of(root / path, root, labels, split, group, start=start, end=end)
+        row = row_of(root / path, root, labels, split_of(split), group, start=start, end=end)
 
         # a file may come several times, as pieces of a long recording, but each piece once
         piece = row["path"], start, end
-        check(piece not in seen, f"{where}: {path} stands there twice")
+        twice = "stands there twice (pieces of a recording have a start and an end, by these headers)"
+        check(piece not in seen, f"{where}: {path} {twice}")
         seen.add(piece)
-        if not args.keep or split in args.keep.split(","):
+        if not args.keep or {split, row["split"]} & set(args.keep.split(",")):
             all_rows.append(row)
 
     splits = sorted({cells.get(columns[2], "") for _, cells in table})

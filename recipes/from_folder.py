@@ -8,12 +8,12 @@ import re
 
 from audio import audio_files
 from common import check
-from recipes.tables import row_of
+from recipes.tables import SPLITS, row_of, split_of
 
 # what names of folders look like, and the recipe that knows such a data set
-SPLITS = r"(train|test|valid|val|validation|dev|eval|evaluation)(ing|_?set)?"
 LOOKS = {
-    SPLITS: ("splits", ""),
+    r"fsd50k\.(dev|eval)_audio": ("splits", "fsd50k"),
+    rf"(.*[._ -])?{SPLITS}([._ -].*)?": ("splits", ""),
     r"fold[ _-]?\d+": ("splits", "urbansound8k"),
     r"(cv|part|split)?[ _-]?\d+": ("splits", ""),
     r"actor[ _-]?\d+": ("groups", "ravdess"),
@@ -68,9 +68,3 @@ def rows(args):
             row[means[:-1]] = parts[0] if means == "groups" else split_of(parts[0])
         all_rows.append(row_of(file, root, **row))
     return all_rows, None
-
-
-def split_of(name):
-    """Return a folder's name as splits are named: train, test, 1, ..."""
-    name = name.lower().removesuffix("set").strip("_").removesuffix("ing")
-    return re.sub(r"^(fold|cv|part|split)?[ _-]?0*(\d)", r"\2", name)

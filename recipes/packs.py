@@ -16,9 +16,11 @@ which gets its name when all is there.
 import argparse
 import csv
 import difflib
+import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -204,6 +206,12 @@ def class_list(rows, classes):
     check(all(classes), "a class has no name: a label is there, but empty")
     check(";" not in "".join(classes), "a class name has a semicolon, which separates labels")
     check(len(set(classes)) == len(classes), "a class name stands in the class list twice")
+    odd = [name for name in classes if name.lower() in ("nan", "none", "null", "n/a", "<na>")]
+    if odd:
+        print(f"a class is named {odd[0]}; where that means no label, leave its cells empty")
+    for one, other in itertools.pairwise(sorted(classes, key=str.lower)):
+        if one.lower() == other.lower():
+            print(f"{one} and {other} are two classes, for they are written in two ways")
     return classes
 
 
@@ -557,6 +565,11 @@ class Pack:
         rows = self.rows()
         return [f"{self.path}/{rows[row]['path']}" for row in self.index["row"][clips]]
 
+    def id(self):
+        """Return what tells this pack from others: of its sounds, and of their labels and splits."""
+        table = zlib.crc32((self.path / "clips.csv").read_bytes())
+        return f"{self.info['id']}-{table:08x}"
+
     def skipped(self):
         """Return (path, reason) of the recordings that were left out."""
         return list(map(tuple, self.records("skipped.csv", SKIPPED)))
@@ -699,7 +712,8 @@ def splits_of(pack, test_split="", fold="", valid_share=0.0):
         valid = np.isin(split, ["valid", "val", "validation", "dev"]) & ~test
         check(
             train.any() and test.any(),
-            f"{pack.path} has the splits {names}; training needs train and test, or folds 1, 2, ..."
+            f"{pack.path} has the splits {', '.join(names)}; training needs train and test, "
+            "or folds 1, 2, ..."
         )
         masks[""] = train, valid, test
 
@@ -727,10 +741,9 @@ def pack(recipe, args):
     try:
         write_pack(args.out, rows, read, *options)
     except OSError as error:
-        raise UserError(
-            f"{args.out}: {error.strerror or error}; once that is mended (is the disk full?) the same "
-            "command goes on"
-        ) from None
+        refused = isinstance(error, PermissionError) or error.errno == errno.EROFS
+        way_out = "choose another --out" if refused else "once that is mended the same command goes on"
+        raise UserError(f"{args.out}: {error.strerror or error}; {way_out}") from None
 
 
 def describe(pack):
@@ -775,11 +788,10 @@ def check_pack(args):
         table()  # is checked as it is read
     clips = tqdm(range(len(pack)), "checking", disable=None)
     damaged = [i for i in clips if zlib.crc32(pack.audio(i)) != pack.index["crc"][i]]
-    check(
-        not damaged,
-        f"{args.pack}: {len(damaged)} clips are not what was packed, number {damaged[:1]} the first; "
-        "remove it and make it again"
-    )
+    if damaged:
+        first = pack.names(damaged)[0]
+        problem = f"{len(damaged)} clips are not what was packed, {first} the first"
+        raise UserError(f"{args.pack}: {problem}; remove it and make it again")
     print(f"{args.pack}: every clip is as it was packed")
 
 

@@ -28,6 +28,17 @@ def row_of(file, root, labels, split="", group="", **more) -> dict:
     return row | more
 
 
+SPLITS = r"(train|test|valid|val|validation|dev|eval|evaluation)(ing|_?set)?"
+
+
+def split_of(name) -> str:
+    """Return the name of a split or fold as packs have it: train for Training, 1 for fold_01 or 1.0."""
+    for pattern in (SPLITS, r"(?:fold|cv|part|split)?[ _-]?0*(\d+)(?:\.0+)?"):
+        if match := re.fullmatch(pattern, name, re.IGNORECASE):
+            return match[1].lower()
+    return name
+
+
 def unpacked(source, archive) -> Path:
     """Return the folder that an archive unpacks to: source itself, or the one of that name in it."""
     inner = Path(source, archive)

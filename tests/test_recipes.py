@@ -425,6 +425,23 @@ def test_a_table_that_cannot_be_meant_is_refused_in_one_line(tmp_path, write_wav
     with pytest.raises(UserError, match=rf"^{tmp_path}/meta.csv[^\n]*{message}[^\n]*$"):
         table(tmp_path, write_wav, text)
 
+@pytest.mark.parametrize("written, name", [
+    ("1.0", "1"), ("fold_02", "2"), ("Fold3", "3"), ("Training", "train"), ("TEST", "test"), ("test_set", "test"),
+    ("Validation", "validation"), ("train-clean", "train-clean"), ("1.5", "1.5"), ("", "")])
+def test_splits_and_folds_have_one_name_however_they_are_written(tmp_path, write_wav, written, name):
+    pack, _ = table(tmp_path, write_wav, f"path,label,split\na.wav,x,{written}\n")
+    assert pack.rows()[0]["split"] == name
+
+def test_labels_that_may_be_none_and_classes_written_in_two_ways_are_said(tmp_path, write_wav, capsys):
+    for name in "abc":
+        write_wav(f"{name}.wav", TONE)
+    text = "path,label\na.wav,nan\nb.wav,Dog\nc.wav,dog\n"
+    pack, _ = packed(tmp_path, "csv", write(tmp_path / "meta.csv", text))
+    assert pack.classes == ["Dog", "dog", "nan"]
+    said = capsys.readouterr().out
+    assert "a class is named nan; where that means no label, leave its cells empty" in said
+    assert "Dog and dog are two classes" in said
+
 def test_a_split_to_keep_that_no_row_has_is_named(tmp_path, write_wav):
     with pytest.raises(UserError, match="no row to keep; its splits are 1, 2"):
         table(tmp_path, write_wav, "path,fold\na.wav,1\nb.wav,2\n", "--keep", "3")
@@ -486,7 +503,8 @@ def test_folders_that_look_like_something_else_than_classes_are_asked_about(tmp_
     assert pack.classes == sorted(names.split())
 
 @pytest.mark.parametrize("names, recipe", [("fold1 fold2", "urbansound8k"), ("Actor_01 Actor_02", "ravdess"),
-                                           ("AudioWAV", "cremad")])
+                                           ("AudioWAV", "cremad"),
+                                           ("FSD50K.dev_audio FSD50K.eval_audio", "fsd50k")])
 def test_a_data_set_with_a_recipe_is_named(tmp_path, write_wav, names, recipe):
     for name in names.split():
         write_wav(f"sounds/{name}/a.wav", TONE)
