@@ -54,15 +54,15 @@ def check(condition, message):
 # flags
 
 
-def parse(Config, doc, argv=None):
+def parse(Config, doc, argv=None, names=""):
     """Read a dataclass from the command line: --a_b or --a-b per field, its comment as help.
 
-    Returns a dict of the flags typed.
+    names: what else the usage shows, before the flags. Returns a dict of the flags typed.
     """
     comments = comments_of(Config)
     parser = argparse.ArgumentParser(
         description=doc,
-        usage="%(prog)s [--flag value ...]",
+        usage=f"%(prog)s {names}[--flag value ...]",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -107,7 +107,8 @@ OF_ANY_SIGN = "fbank_mean"
 def check_flags(cfg):
     """Raise UserError if a field holds a number out of its range, or a word that is no choice."""
     comments = comments_of(type(cfg))
-    for field in dataclasses.fields(cfg):
+    fields = dataclasses.fields(cfg)
+    for field in fields:
         name, value = field.name, getattr(cfg, field.name)
         choices = choices_of(comments.get(name, ""))
         if choices and name != "model":  # a program that adds a size may use it
@@ -117,11 +118,13 @@ def check_flags(cfg):
             )
         if type(field.default) in (int, float):
             check_number(name, value, field.default)
+    check_types(vars(cfg), {field.name: type(field.default) for field in fields})
 
 
 def check_number(name, value, default):
     where = f"--{name} {value}"
-    check(math.isfinite(value), f"{where}: has to be a finite number")
+    number = isinstance(value, (int, float)) and math.isfinite(value)
+    check(number, f"{where}: has to be a finite number")
     if name not in OF_ANY_SIGN.split():
         least = min(0, default)
         check(value >= least, f"{where}: has to be at least {least}")
@@ -256,8 +259,13 @@ class Lock:
             import fcntl
         except ImportError:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.held[path] = LockFile(path.with_name(f".{path.name}.lock"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.held[path] = LockFile(path.with_name(f".{path.name}.lock"))
+        except OSError as error:
+            raise UserError(
+                f"{path.parent}: cannot be written ({error.strerror}); choose another folder"
+            ) from None
         try:
             fcntl.flock(self.file.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -632,7 +640,8 @@ def begin(Config, flags, name, preset={}):
         cfg = Config(**ckpt["config"] | flags)
         check_flags(cfg)
         epoch, number = ckpt["place"]
-        check(min(ckpt["step"], epoch, number) >= 0, "its step and its place cannot be")
+        possible = 0 <= epoch <= ckpt["step"] and 0 <= number <= ckpt["step"]
+        check(possible, "its step and its place cannot be")
     return cfg, path, ckpt
 
 
@@ -664,6 +673,12 @@ def restore(cfg, path, ckpt, model, optimizer):
             "other ranks or batches than before: the rest of this epoch is dealt out anew, "
             "so some clips come twice and some not at all"
         )
+    before = ckpt["config"] | dict(resume=True)
+    other = [f"{name} {before[name]} -> {now}" for name, now in vars(cfg).items() if now != before[name]]
+    if rank() == 0 and other:
+        print(f"other flags than {path} was begun with: {', '.join(other)}")
+    if rank() == 0 and ckpt["step"] >= cfg.max_steps:
+        print(f"{path} has made its {cfg.max_steps} steps; for more of them, --max_steps")
     load_state(model, ckpt["model"], path)
 
     # moments from the checkpoint; learning rates and weight decay are as the flags say now

@@ -296,6 +296,7 @@ class Sounds:
         self, spec, crop_seconds, batch_seconds, seed=0, workers=1, splits="", leave_out=""
     ):
         self.packs, self.weights = open_packs(spec)
+        self.chosen = [splits, leave_out]
         self.batch_seconds, self.seed, self.workers = batch_seconds, seed, workers
         self.batch_samples = batch_seconds * SAMPLE_RATE
         crop, rows = 0, round(crop_seconds * SAMPLE_RATE / ROW)
@@ -345,8 +346,8 @@ class Sounds:
         return text
 
     def ids(self):
-        """Return what tells these packs from others, for resuming."""
-        return [pack.info["id"] for pack in self.packs]
+        """Return what tells these sounds from others, for resuming: packs, and what of them is heard."""
+        return [pack.id() for pack in self.packs] + self.chosen
 
     def mean_seconds(self):
         """Return the mean length of a crop."""
@@ -492,6 +493,8 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        os._exit(0)  # who reads the lines has had enough of them, as `head` has
     except OSError as error:
         sys.exit(
             f"error: {error}; once that is mended (is the disk full?) the same command goes on"

@@ -264,6 +264,7 @@ def new_classifier(cfg, path, ckpt, pack):
         layerdrop=cfg.layerdrop,
         grad_decay=cfg.grad_decay
     )
+    check(cfg.fbank_std or not cfg.fbank_mean, "--fbank_mean: say --fbank_std as well")
     if cfg.fbank_std:
         settings |= dict(fbank_mean=cfg.fbank_mean, fbank_std=cfg.fbank_std)
     encoder = Encoder(dataclasses.replace(start.cfg, **settings))
@@ -295,7 +296,7 @@ def settle(cfg, flags, pack, valid, stem, several):
     for name in ["data", "test_split", "valid_share"] + ["task"] * ("task" in flags):
         begun = ckpt and ckpt["config"]
         common.same(begun, name, getattr(typed, name), f"{path} was begun with another --{name}")
-    common.same(ckpt, "pack", pack.info["id"], f"{path} was begun on other sounds than {pack.path} holds")
+    common.same(ckpt, "pack", pack.id(), f"{path} was begun on other sounds or labels than {pack.path} holds")
     if cfg.loss == "auto":
         cfg.loss = "bce" if several else "ce"
     check(
@@ -342,7 +343,7 @@ def finetune(cfg, flags, pack, split, stem, labels, several):
 
     def save(path, **content):
         content |= dict(encoder=dataclasses.asdict(encoder.cfg), model=model.state_dict(), best=best)
-        content |= dict(labels=pack.classes, multilabel=model.multilabel, pack=pack.info["id"])
+        content |= dict(labels=pack.classes, multilabel=model.multilabel, pack=pack.id())
         common.save_training(path, cfg, optimizer, place, done, kind="classifier", **content)
 
     def evaluate():

@@ -239,7 +239,7 @@ def main(**flags):
     sounds = data.Sounds(packs, cfg.crop_seconds, cfg.batch_seconds, cfg.seed, cfg.workers,
                          cfg.splits, cfg.leave_out)
     sounds.clips.round_rows = 4 if cfg.compile else 1
-    common.same(ckpt, "packs", sounds.ids(), f"{path} was begun on other sounds than {packs}")
+    common.same(ckpt, "packs", sounds.ids(), f"{path} was begun on other sounds or splits than {packs}")
     common.same(ckpt, "targets", cfg.targets, f"{path} was begun with other --targets than {cfg.targets}")
 
     # model

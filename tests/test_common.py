@@ -48,6 +48,8 @@ def test_every_number_of_every_program_has_a_range():
     (dict(mask_ratio=1.0), "--mask_ratio 1.0: a share, has to be below 1"),
     (dict(mask_ratio=0.0), "--mask_ratio 0.0: has to be above 0"),
     (dict(lr=0.0), "--lr 0.0: has to be above 0"),
+    (dict(lr="1e-3"), "--lr 1e-3: has to be a finite number"),          # from Python
+    (dict(max_steps=1.5), "max_steps is 1.5, not a int"), (dict(data=["a"]), "data is .*, not a str"),
     (dict(dtype="half"), "--dtype half: choose one of auto, float32, bfloat16")])
 def test_a_value_that_makes_no_sense_is_named(flags, message):
     with pytest.raises(UserError, match=message):

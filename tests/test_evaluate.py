@@ -324,6 +324,15 @@ def test_probabilities_are_averaged_fold_by_fold(random_encoder, ragged, tmp_pat
     assert np.allclose(run["scores"], (x + y[:, [1, 0]]) / 2, atol=1e-6)            # classes by name
     assert values["ensemble"]["2"] == np.mean(run["scores"].argmax(1) == run["targets"].argmax(1))
 
+def test_classes_of_a_member_are_put_in_the_order_of_the_pack(random_encoder, ragged, tmp_path):
+    """Three of them in a cycle, whose order is not its own inverse."""
+    save_classifier(random_encoder, tmp_path / "x.pt", ["b", "c", "a"])
+    pack, recordings = Pack(ragged), np.arange(4)
+    pack.classes = ["a", "b", "c"]
+    scores = evaluate.ensemble([str(tmp_path / "x.pt")], "", pack, recordings, CPU, "float32")["ensemble"]
+    own = evaluate.probabilities(load(tmp_path / "x.pt"), pack, recordings, CPU, "float32")
+    assert torch.allclose(scores, own[:, [2, 0, 1]])
+
 def test_mistakes_are_explained(toy, ragged, tmp_path, random_encoder):
     data.write_pack(tmp_path / "plain", [row_of(0)], lambda row: np.linspace(-1, 1, 4000)**3)
     save_classifier(random_encoder, tmp_path / "x.pt", ["a", "x"])

@@ -86,6 +86,17 @@ def test_the_best_on_valid_is_chosen_there_and_tested_once(ragged, tmp_path):
     assert np.array_equal(tested["scores"], probabilities(load(f"{stem}_best.pt"), pack, test, CPU).numpy())
     assert result["1"] == np.mean(tested["scores"].argmax(1) == tested["targets"].argmax(1))
 
+def test_the_best_is_chosen_on_no_clip_to_test_on(ragged, tmp_path, monkeypatch):
+    asked = []
+    def judge(model, pack, recordings, *rest):
+        asked.append(list(recordings))
+        return 0.5, 1.0
+    monkeypatch.setattr(finetune, "judge", judge)
+    flags = dict(fold="1", max_steps=2, eval_every=1, best=True, valid_share=0.4)
+    finetune.main(data=ragged, out_dir=str(tmp_path), **flags, **FAST)
+    valid = splits_of(data.Pack(ragged), fold="1", valid_share=0.4)["1"][1]
+    assert asked == 2 * [list(valid)]
+
 @pytest.mark.parametrize("flags, message", [
     (dict(task="esc"), "--task esc: choose one of custom, as2m"), (dict(data=""), "--data PACK is missing"),
     (dict(balance="unknown"), "needs a class named unknown"),
@@ -266,3 +277,7 @@ def test_layer_wise_learning_rates_are_beits():
     for name, parameter in model.named_parameters():
         expect = next((rate for part, rate in due.items() if part in name), 1.0)
         assert rates[id(parameter)] == expect, name
+
+def test_a_mean_of_the_filter_bank_without_its_deviation_is_refused(ragged, tmp_path):
+    with pytest.raises(UserError, match="--fbank_mean: say --fbank_std as well"):
+        finetune.main(data=ragged, out_dir=str(tmp_path), max_steps=1, warmup_steps=1, fbank_mean=11.7)

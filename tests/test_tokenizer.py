@@ -137,8 +137,12 @@ def test_a_code_that_nothing_chooses_is_put_to_use_and_stays():
         if step <= 230:
             likeness[:, 2] = -9
         codebook.update_(z, likeness.argmax(1), everything)
+        average = codebook.cluster_size.mean()
         revived = codebook.revive_(z, everything, threshold=0.1)
         assert revived == (step == 230)                                     # 0.99^229 > 0.1 > 0.99^230
+        if revived:                 # it counts as used like others, so that the next step leaves it alone
+            assert codebook.cluster_size[2] == average
+            assert codebook.revive_(z, everything, threshold=0.1) == 0
     assert (codebook(z)[1] == 2).any()
 
 def test_padding_and_silence_do_not_move_the_codebook():
@@ -222,6 +226,15 @@ def test_a_plain_projection_uses_its_codes(toy):
     features = fbank(wav)
     normalised = (features - made.bin_mean) / made.bin_std      # as for an encoder
     assert (normalised.mean().item(), normalised.std().item()) == pytest.approx((0, 0.5), abs=0.01)
+
+def test_a_smooth_projection_standardises_each_mel_bin():
+    """On sound whose bins differ in spread; whitening would hide it if they were standardised as one."""
+    torch.manual_seed(0)
+    wav = 0.01 * torch.randn(4, 32400).cumsum(1)
+    frames = fbank(wav)[:, :192].flatten(0, 1).double()                     # of 12 rows
+    made = fitted(wav, 32400)
+    assert torch.allclose(made.bin_mean.double(), frames.mean(0), rtol=1e-3)
+    assert torch.allclose(made.bin_std.double(), frames.std(0).clamp(min=0.1), rtol=1e-3)
 
 def test_projections_are_white_and_a_function_of_their_seed(toy):
     wav = sounds_of(toy, 40)

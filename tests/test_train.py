@@ -316,6 +316,18 @@ class StopAtFive(common.Stop):
             signal.raise_signal(signal.SIGTERM)
         return super().now(step, device)
 
+def test_the_best_before_an_interruption_stays_the_best(toy, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.2, 0.3, 0.4])
+    monkeypatch.setattr(finetune, "judge", lambda *_: (next(scores), 1.0))
+    flags = dict(out_dir=str(tmp_path), max_steps=8, eval_every=2, best=True, valid_share=0.3)
+    flags = FINETUNE | flags | dict(data=toy)
+    with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(common, "Stop", StopAtFive)
+        finetune.main(**flags)
+    finetune.main(resume=True, **flags)
+    best = content(tmp_path / "finetune_toy_best.pt")
+    assert (best["step"], best["best"]) == (2, 0.9)
+
 @every_script
 def test_an_interrupted_run_goes_on_bit_for_bit(script, toy, loop, tmp_path, monkeypatch):
     noisy = dataclasses.replace(MICRO, dropout=0.1, attention_dropout=0.1, layerdrop=0.2)
@@ -368,6 +380,35 @@ def test_resuming_on_other_sounds_or_codes_is_refused(begun, ragged, tmp_path):
     torch.save(tokenizer, tmp_path / "tokenizer_iter1.pt")
     with pytest.raises(UserError, match="begun with another tokenizer"):
         train_mam.main(out_dir=str(tmp_path), resume=True)
+
+@every_script
+def test_resuming_on_other_labels_or_splits_is_refused(script, begun, uneven, tmp_path):
+    """Of a pack whose table was edited, and, in pre-training, with another choice of splits."""
+    name, pack = f"{NAMES[script]}.pt", shutil.copytree(uneven, tmp_path / "toy")
+    ckpt = content(begun / name)
+    ckpt["config"]["data"] = str(pack)
+    torch.save(ckpt, tmp_path / name)
+    table = (pack / "clips.csv").read_text()
+    (pack / "clips.csv").write_text(table.replace("46,a,test", "46,a,train"))
+    with pytest.raises(UserError, match="begun on other sounds or (splits|labels)"):
+        script.main(data=str(pack), out_dir=str(tmp_path), resume=True)
+    if script is not finetune:
+        with pytest.raises(UserError, match="begun on other sounds or splits"):
+            script.main(data=uneven, out_dir=str(tmp_path), resume=True, splits="all")
+
+@every_script
+def test_a_run_that_goes_on_with_other_flags_says_which(script, begun, uneven, tmp_path, capsys):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    script.main(data=uneven, out_dir=str(tmp_path), resume=True, lr=1e-5, max_steps=1)
+    said = re.search("^other flags than .* was begun with: (.*)$", capsys.readouterr().out, re.M)[1]
+    assert set(re.findall(r"(\w+) \S+ -> ", said)) == {"lr", "out_dir"}
+
+def test_resuming_a_run_that_is_through_says_so_and_keeps_it(begun, tmp_path, capsys):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    before = content(tmp_path / "mam_iter1.pt")
+    train_mam.main(out_dir=str(tmp_path), resume=True, max_steps=before["step"])
+    assert f"has made its {before['step']} steps; for more of them, --max_steps" in capsys.readouterr().out
+    assert content(tmp_path / "mam_iter1.pt")["step"] == before["step"]
 
 @every_script
 @pytest.mark.parametrize("change, message", [
@@ -449,7 +490,7 @@ def run_the_loop(out, packs, ragged):
 def on_ranks(out, begun, uneven, toy, ragged):
     """Do on each of several ranks, or on the only one, what the tests below look at."""
     common.setup("cpu")
-    take_second_step(begun, out / "step", uneven)
+    take_second_step(begun, out / "step", uneven, device_seconds=15.0 if common.world() > 1 else 0.0)
     measure_together(out, toy)
     if common.world() == 2:
         run_the_loop(out / "loop", f"{ragged}:0.5,{toy}:0.5", ragged)
@@ -514,6 +555,7 @@ def mean_loss(name, begun, uneven, teacher):
 
 @pytest.mark.parametrize("name", NAMES.values())
 def test_ranks_and_parts_give_the_gradient_of_one_of_the_mean_loss(name, begun, ranks, uneven, loop):
+    """Parts on one rank, and on two, where gradients are added up over ranks after the last part."""
     def gradient(run):          # Adam's first moment: 0.9 times the one before + 0.1 times the gradient
         return 10 * moments(ranks / run / f"step/{name}.pt") - 9 * moments(begun / f"{name}.pt")
     one = gradient("1")

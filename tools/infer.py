@@ -251,7 +251,7 @@ def report(model, path, target, parts, cfg):
 @torch.inference_mode()
 def main(argv):
     names = list(takewhile(lambda word: not word.startswith("-"), argv))
-    cfg = Config(**common.parse(Config, __doc__, argv[len(names) :]))
+    cfg = Config(**common.parse(Config, __doc__, argv[len(names) :], "CHECKPOINT FILES "))
     check(len(names) > 1, "which? python -m tools.infer CHECKPOINT FILES [--flag value ...]")
     checkpoint, *paths = names
     common.check_flags(cfg)

@@ -566,7 +566,7 @@ def choose_clips(cfg, pack):
 def read_flags(argv):
     """Return the names of the tokenizers, which come first, and the Config."""
     names = list(itertools.takewhile(lambda word: word[:1] != "-", argv))
-    cfg = Config(**parse(Config, __doc__, argv[len(names) :]))
+    cfg = Config(**parse(Config, __doc__, argv[len(names) :], "TOKENIZERS "))
     check(names, "name tokenizers before the flags: checkpoints, random, random-plain, kmeans")
     check_flags(cfg)
     for condition in f"{cfg.conditions},{cfg.figure_condition}".split(","):
