@@ -269,11 +269,13 @@ def main(**flags):
     result |= dict(step=done, **use)
     if probe_pack and not stopped:
         after = probe_score(encoder, probe_pack, device, cfg.dtype)
-        result |= dict(probe_before=before, probe_after=after)
+        probe = dict(probe_before=before, probe_after=after)
         log(
             f"frozen linear probe on {probe_pack.path}: {100 * before:.1f} % before pre-training, "
-            f"{100 * after:.1f} % after"
+            f"{100 * after:.1f} % after",
+            step=done, **probe
         )
+        result |= probe
     return result
 
 
