@@ -473,7 +473,7 @@ def check_lengths(lengths, B, n):
     """
     said = "lengths are samples, 0 to those of the batch, one for each clip (or one for all)"
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise ValueError(f"{said}, whole numbers, not {lengths.dtype}; shares of the batch are times wav.shape[1]")
+        raise ValueError(f"{said}, whole numbers, not {lengths.dtype}; shares are times wav.shape[1]")
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return
     if lengths.shape not in ((), (B,)):

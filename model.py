@@ -360,8 +360,7 @@ def random_mask(noise, valid, mask_ratio):
     """Mask at random, with static shapes. noise, valid: (B, T) -> keep (B, K), masked (B, M) indices.
 
     Of the n valid tokens of a clip max(1, round((1 - mask_ratio) n)) are kept: those with the least
-    noise. So any other masking is another noise. With grid = noise.view(B, rows, BANDS), its mean(2) for
-    every band masks whole rows, its mean(1) for every row whole bands; smoothed, it masks blocks.
+    noise. So any other masking is another noise: changes/ masks whole rows and blocks.
     """
     T = noise.shape[1]
     visible = max(1, round(T * (1 - mask_ratio)))

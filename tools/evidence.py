@@ -71,8 +71,8 @@ TABLES = [
     ),
     (
         "2. Iterations",
-        "BEATs Tables 1 and 2, iterations 1, 2, 3, 3+: AS-20K 36.0, 38.3, 38.3, 38.9 to 41.8 mAP, ESC-50 94.0, "
-        "95.1, 95.6, 96.2 to 97.1 % (theirs).",
+        "BEATs Tables 1 and 2, iterations 1, 2, 3, 3+: AS-20K 36.0, 38.3, 38.3, 38.9 to 41.8 mAP, "
+        "ESC-50 94.0, 95.1, 95.6, 96.2 to 97.1 % (theirs).",
         "iteration 2 > iteration 1; iteration 3 > iteration 2; iteration 3+ > iteration 3; "
         "iteration 3+ > iteration 2; iteration 2, best codes > iteration 2; "
         "iteration 3, best codes > iteration 3; iteration 3, best codes > iteration 2, best codes"
