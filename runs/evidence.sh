@@ -126,6 +126,9 @@ sounds = [dict(row, fold_or_split=split.get(row["fold_or_split"], "train")) for 
 write("speech.csv", heard + [row for row in mix if row["label"].startswith("speech")])
 write("music.csv", [row for row in mix if row["label"].startswith("music")])
 write("labels.csv", words + sounds)
+everything = heard + mix + [row for row in sounds if row["fold_or_split"] == "train"]
+write("half.csv", everything[::2])
+write("quarter.csv", everything[::4])
 END
 }
 
@@ -138,16 +141,17 @@ packs() {
     pack esc50 $AUDIO/esc50/meta.csv
     pack words $AUDIO/arabic_kws/meta.csv
     pack emotions $AUDIO/ravdess/meta.csv
-    for name in speech music labels; do pack $name $PACKS/$name.csv; done
+    for name in speech music labels half quarter; do pack $name $PACKS/$name.csv; done
 }
 
-# the opponent's code: a copy of ours with the change; "raw" lacks the line that normalises patches
+# copies of the code with a change; "raw" is reconstruction without the line that normalises patches
 changed_code() {
     local name
-    for name in reconstruct reconstruct_raw; do
+    for name in reconstruct reconstruct_raw all_patches block_masking; do
+        rm -rf $OUT/code/$name
         mkdir -p $OUT/code/$name
         cp -R *.py recipes $OUT/code/$name
-        patch -s -d $OUT/code/$name -p1 < changes/reconstruct.diff
+        patch -s -d $OUT/code/$name -p1 < changes/${name%_raw}.diff
     done
     sed -i.before '/patches = F.layer_norm/d' $OUT/code/reconstruct_raw/train_mam.py
 }
@@ -238,6 +242,21 @@ predictor_192() { predictor 192; }
 predictor_96() { predictor 96; }
 predictor_64() { predictor 64; }
 
+# 6. What else: the encoder sees all patches; masks are blocks, on the codes of iteration 2; less sound
+all_patches() {
+    CODE=$OUT/code/$JOB mam $JOB/$SEED 1 $HEARD --projection $FIRST
+    scores $JOB/$SEED 1
+}
+block_masking() {
+    CODE=$OUT/code/$JOB mam $JOB/$SEED 2 $HEARD --tokenizer $OUT/iterations/$SEED/tokenizer_iter2.pt
+    scores $JOB/$SEED 2
+}
+half() {
+    mam $JOB/$SEED 1 --data $PACKS/$JOB --projection $FIRST
+    scores $JOB/$SEED 1
+}
+quarter() { half; }
+
 # at_once JOB...: each with every seed, $JOBS of them at a time
 at_once() {
     for seed in $SEEDS; do for job in "$@"; do echo $job $seed; done; done \
@@ -255,3 +274,4 @@ at_once iterations_whiten plus
 at_once speech_heavy balanced
 at_once ensembles
 SEEDS="0 1" at_once predictor_192 predictor_96 predictor_64
+at_once all_patches block_masking half quarter

@@ -57,7 +57,11 @@ ROWS = {
     "64 wide": "predictor_64 iter1",
     "iteration 2, predictor 192 wide": "predictor_192 iter2",
     "iteration 2, 96 wide": "predictor_96 iter2",
-    "iteration 2, 64 wide": "predictor_64 iter2"
+    "iteration 2, 64 wide": "predictor_64 iter2",
+    "all patches seen": "all_patches iter1",
+    "iteration 2, masked in blocks": "block_masking iter2",
+    "half of the sound": "half iter1",
+    "a quarter of the sound": "quarter iter1"
 }
 
 # title, what the papers say, and pairs: is the first better than the second?
@@ -96,6 +100,12 @@ TABLES = [
         "iteration 1 > predictor 192 wide; iteration 1 > 96 wide; iteration 1 > 64 wide; "
         "iteration 2 > iteration 2, predictor 192 wide; iteration 2 > iteration 2, 96 wide; "
         "iteration 2 > iteration 2, 64 wide"
+    ),
+    (
+        "6. What else",
+        "BEATs 3.3.2: visible patches only, for speed; its predictor sees them at their places.",
+        "iteration 1 > all patches seen; iteration 2, masked in blocks > iteration 2; "
+        "iteration 1 > half of the sound; half of the sound > a quarter of the sound"
     )
 ]
 FIGURE = "scratch; reconstruction; iteration 1; iteration 2; iteration 3; iteration 3+"
