@@ -18,6 +18,7 @@ import os
 import re
 import stat
 import sys
+import warnings
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -359,7 +360,7 @@ def check_wav(wav):
     """Raise ValueError unless wav is a float tensor (B, n)."""
     if not torch.is_tensor(wav):
         raise ValueError(f"sound is a float tensor (clips, samples), not a {type(wav).__name__}")
-    if wav.dim() != 2 or not wav.is_floating_point() or not len(wav):
+    if wav.dim() != 2 or not wav.is_floating_point():
         raise ValueError(
             f"sound is a float tensor (clips, samples), not {wav.dtype} of shape "
             f"{tuple(wav.shape)}; a single clip is wav[None], a stereo clip wav.mean(0)[None]"
@@ -367,12 +368,19 @@ def check_wav(wav):
 
 
 def check_level(wav):
-    """Raise ValueError unless samples are finite and near [-1, 1]. Looked at on the CPU only, see below."""
+    """Raise ValueError unless there are clips of finite samples, and warn if these are far beyond [-1, 1].
+
+    On the CPU only: see check_lengths.
+    """
     if wav.device.type != "cpu" or torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return
-    peak = float(wav.detach().abs().amax()) if wav.numel() else 0.0
-    if not peak < 100:
-        raise ValueError(f"samples are in [-1, 1], here up to {peak}; int16 is to be divided by 32768")
+    if not wav.numel():
+        raise ValueError(f"no sound in a tensor of shape {tuple(wav.shape)}")
+    peak = float(wav.detach().abs().amax())
+    if not math.isfinite(peak):
+        raise ValueError("sound has samples that are not finite")
+    if peak > 100:
+        warnings.warn(f"samples are in [-1, 1], here up to {peak:g}: is int16 to be divided by 32768?")
 
 
 def fbank(wav):

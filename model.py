@@ -535,7 +535,7 @@ class Encoder(nn.Module):
         states = self(patches, valid, all_layers=True)
         if layer == "all":
             return torch.stack(states), valid
-        if layer not in range(len(states)):
+        if layer not in range(-len(states), len(states)):
             raise ValueError(f"layer is None, \"all\" or 0 to {len(states) - 1}, not {layer!r}")
         return states[layer], valid
 

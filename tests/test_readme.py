@@ -45,7 +45,7 @@ def test_the_readme_shows_every_change_with_its_number_of_lines():
 # ---- commands
 
 def blocks(text, kind=""):
-    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
+    return [block for word, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if word == kind]
 
 def commands_of(text):
     """Return the commands in the plain blocks of a text, without their comments."""
@@ -61,7 +61,7 @@ def folder(tmp_path_factory, toy):
     noise = 0.1 * np.random.default_rng(0).standard_normal(32000)
     for name in ("a.wav", "b.flac", "clip.wav", "folder/x.wav", "DIR/dog/x.wav", "DIR/cat/y.wav"):
         path = folder / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         soundfile.write(path, noise, 16000)
     (folder / "meta.csv").write_text("path,label\na.wav,dog\nb.flac,cat\n")
     for name in ("out/toy", "packs/as20k", "packs/audioset"):

@@ -129,7 +129,7 @@ def test_stages_have_flags_that_scripts_know_and_files_of_earlier_ones(command, 
 
 def written(text):
     """Return the commands in a text: in fenced or indented blocks, and from scripts on in backquotes."""
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S))
     blocks += "\n".join(re.findall(r"^    .*$", text, re.M))
     lines = blocks.replace("\\\n", " ").splitlines()
     lines = [line for line in lines if re.search(r"\b(python|torchrun) ", line)]
@@ -201,7 +201,7 @@ def test_a_large_encoder_s_recipe_on_two_ranks(toy, ragged, labelled, distilled,
     assert stages(run) == [("train_mam", "")]
     ckpt = content(tmp_path / "mam_iter3.pt")
     assert ckpt["step"] == 2
-    assert len(ckpt["packs"]) == 3
+    assert len(list(filter(None, ckpt["packs"]))) == 3      # two of one kind of sound
 
 @pytest.mark.slow
 def test_iterations_go_on_where_they_stopped(toy, ragged, tmp_path):
@@ -210,7 +210,7 @@ def test_iterations_go_on_where_they_stopped(toy, ragged, tmp_path):
     assert "--max_steps 0: has to be above 0" in run(FINETUNE="--max_steps 0").stderr
     ckpt = content(tmp_path / "mam_iter2.pt")
     assert ckpt["config"]["leave_out"] == "2"
-    torch.save(ckpt | dict(step=1), tmp_path / "mam_iter2.pt")          # as if interrupted
+    torch.save(ckpt | dict(step=1, place=(0, 1)), tmp_path / "mam_iter2.pt")          # as if interrupted
     done = run()
     assert [name for name, resumed in stages(done) if resumed] == ["train_mam"]
     assert content(tmp_path / "mam_iter2.pt")["step"] == 2

@@ -224,6 +224,7 @@ def test_of_a_sound_that_breaks_off_nothing_is_left(ask, sounds, tmp_path, capsy
         assert "skipped: " in capsys.readouterr().err
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["stereo.npy"]
 
+@pytest.mark.filterwarnings("ignore:samples are in")
 def test_numbers_that_are_not_finite_are_not_written(ask, sounds, write_wav, tmp_path, capsys):
     wav = np.zeros(16000, np.float32)
     wav[3000:4000] = 3e37 * np.random.default_rng(0).standard_normal(1000)
