@@ -35,7 +35,7 @@ STYLE = {
     "legend.frameon": False,
     "figure.constrained_layout.h_pad": 0.12,
     "figure.constrained_layout.w_pad": 0.12,
-    "savefig.dpi": 150,
+    "savefig.dpi": 110,
     "savefig.facecolor": "white"  # on a dark page, too
 }
 
