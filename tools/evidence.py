@@ -21,6 +21,7 @@ import torch
 
 from common import UserError, check
 from model import PREDICTORS, PRESETS, Encoder, MaskedAudioModel, flops_of
+from tools.plots import COLOURS, GREY, new_figure, save
 
 # column: the logs of a row's scores, {} = the encoder; of several folds their mean
 COLUMNS = {
@@ -262,30 +263,24 @@ def papers():
 
 def figure(folder, path):
     """Draw the rows of FIGURE on the three sets: a point a seed, a bar at their mean."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        print("no figure: pip install matplotlib")
-        return
-    pyplot.switch_backend("Agg")
-    pyplot.rcParams.update({"font.size": 15, "axes.spines.top": False, "axes.spines.right": False})
     rows = FIGURE.split("; ")
-    picture, panels = pyplot.subplots(1, len(PANELS), figsize=(14, 4.2), sharey=True)
+    picture = new_figure(14, 4.2)
+    panels = picture.subplots(1, len(PANELS), sharey=True)
     for panel, column in zip(panels, PANELS):
         for height, row in enumerate(rows):
             values = list(scores_of(folder, row, column).values())
             if not values:
                 continue
-            colour = "#888888" if row in ("scratch", "reconstruction") else "#0072b2"
+            colour = GREY if row in ("scratch", "reconstruction") else COLOURS[0]
             panel.plot(values, [height] * len(values), "o", color=colour, alpha=0.6, markersize=9)
             mean = statistics.mean(values)
             panel.plot([mean], [height], "|", color=colour, markersize=26, markeredgewidth=3)
         panel.set_xlabel(f"{column}, %")
         panel.set_yticks(range(len(rows)), rows)
         panel.set_ylim(len(rows) - 0.5, -0.5)
-        panel.grid(axis="x", alpha=0.3)
-    picture.tight_layout()
-    picture.savefig(path, dpi=100)
+        panel.grid(axis="x")
+        panel.grid(visible=False, axis="y")
+    save(picture, path)
 
 
 def main(argv):
@@ -295,7 +290,10 @@ def main(argv):
     lines = [*tables(folder), *ensembles(folder), *costs(folder), *papers()]
     Path(folder, "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    figure(folder, Path(folder, "evidence.png"))
+    try:
+        figure(folder, Path(folder, "evidence.png"))
+    except UserError as error:  # the tables are there without matplotlib
+        print(error)
 
 
 if __name__ == "__main__":
