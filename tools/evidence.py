@@ -10,7 +10,6 @@ Costs are of the processors, as the logs of the stages say; those of the papers'
 arithmetic of Linear layers and attention, backward as twice forward, at a share of the devices' rate.
 """
 
-import json
 import re
 import statistics
 import sys
@@ -21,7 +20,7 @@ import torch
 
 from common import UserError, check
 from model import PREDICTORS, PRESETS, Encoder, MaskedAudioModel, flops_of
-from tools.plots import COLOURS, GREY, new_figure, save
+from tools.plots import COLOURS, GREY, new_figure, read_log, save
 
 # column: the logs of a row's scores, {} = the encoder; of several folds their mean
 COLUMNS = {
@@ -115,8 +114,7 @@ PANELS = ["ESC-50, fine-tuned", "words, fine-tuned", "emotions, frozen"]
 
 def last_score(path):
     """Return the accuracy, in percent, of the last test in a log."""
-    lines = map(json.loads, path.read_text().splitlines())
-    scores = [line["accuracy"] for line in lines if "recordings" in line]
+    scores = [line["accuracy"] for line in read_log(path) if "recordings" in line]
     return 100 * scores[-1] if scores else None
 
 
