@@ -6,6 +6,7 @@ names between one mark in the whole column: ; if there is any, else |, else comm
 safe beside a ; anywhere, or where --classes lists them.
 """
 
+import os
 from pathlib import Path
 
 from common import check
@@ -112,4 +113,9 @@ def rows(args):
 
     splits = sorted({cells.get(columns[2], "") for _, cells in table})
     check(all_rows, f"{args.source}: no row to keep; its splits are {', '.join(splits)}")
+    check(
+        any(os.path.lexists(row["file"]) for row in all_rows),
+        f"{args.source}: none of its files is there, {all_rows[0]['file']} the first; "
+        "--root DIR says where paths start from"
+    )
     return all_rows, known.values() if known else None

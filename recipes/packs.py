@@ -692,7 +692,9 @@ def splits_of(pack, test_split="", fold="", valid_share=0.0):
     recordings takes its place, the same ones for every seed.
     """
     check(
-        pack.classes, f"{pack.path} has no labels (python data.py csv --help: --label_column)"
+        pack.classes,
+        f"{pack.path} has no labels; a table has a column of them (data.py csv), or a tree of folders "
+        "has one a class (data.py folder --folders)"
     )
     recordings = np.unique(pack.index["row"])  # without those that were skipped
     split = pack.table[1][recordings]
@@ -710,10 +712,11 @@ def splits_of(pack, test_split="", fold="", valid_share=0.0):
         train = split == "train"
         test = split == (test_split or ("test" if "test" in names else "eval"))
         valid = np.isin(split, ["valid", "val", "validation", "dev"]) & ~test
+        there = ", ".join(filter(None, names)) or "none"
         check(
             train.any() and test.any(),
-            f"{pack.path} has the splits {', '.join(names)}; training needs train and test, "
-            "or folds 1, 2, ..."
+            f"{pack.path}: training needs the splits train and test, or folds 1, 2, ...; it has: {there}. "
+            "A table has a column of them (data.py csv), or a tree of folders (data.py folder --folders splits)"
         )
         masks[""] = train, valid, test
 

@@ -338,7 +338,7 @@ def test_mistakes_are_explained(toy, ragged, tmp_path, random_encoder):
     save_classifier(random_encoder, tmp_path / "x.pt", ["a", "x"])
     for pack, flags, message in ((tmp_path / "plain", {}, "has no labels"),
                                  (ragged, dict(fold="7"), "has the folds 1, 2, 3, not 7"),
-                                 (toy, dict(test_split="later"), "training needs train and test"),
+                                 (toy, dict(test_split="later"), "training needs the splits train and test"),
                                  (toy, dict(init="nowhere:f"), "No module named 'nowhere'"),
                                  (toy, dict(init="math:f"), "a function in it"),
                                  (toy, dict(probe="linear,svm"), "choose of linear, mlp, knn"),

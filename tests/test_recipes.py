@@ -442,6 +442,11 @@ def test_labels_that_may_be_none_and_classes_written_in_two_ways_are_said(tmp_pa
     assert "a class is named nan; where that means no label, leave its cells empty" in said
     assert "Dog and dog are two classes" in said
 
+def test_a_table_whose_files_lie_elsewhere_says_how_to_name_the_folder(tmp_path):
+    table = write(tmp_path / "lists/meta.csv", "path,label\naudio/a.wav,x\n")
+    with pytest.raises(UserError, match="meta.csv: none of its files is there, .*a.wav the first; --root DIR"):
+        packed(tmp_path, "csv", table)
+
 def test_a_split_to_keep_that_no_row_has_is_named(tmp_path, write_wav):
     with pytest.raises(UserError, match="no row to keep; its splits are 1, 2"):
         table(tmp_path, write_wav, "path,fold\na.wav,1\nb.wav,2\n", "--keep", "3")
