@@ -225,7 +225,8 @@ ensembles() {
 # average SET SUFFIX FLAG...: the mean of fine-tuned members, and each alone
 average() {
     local set=$1 suffix=$2 files=${members//iter1_/iter1_$1$2.pt}
-    local name=$(wc -w <<< ${members//,/ })_$set
+    local all=(${members//,/ })
+    local name=${#all[@]}_$set
     [ -e $OUT/ensembles/$SEED/ensemble_$name$suffix.csv ] || logged ensemble_${SEED}_$name run \
         python evaluate.py --data $PACKS/$set $3 --ensemble $files --out_dir $OUT/ensembles/$SEED --name $name
 }
