@@ -143,6 +143,7 @@ def find_tokenizer(cfg, sounds, ckpt):
         tokenizer.fit_([(batch["wav"], batch["lengths"]) for batch in sounds.sample("cpu")])
         common.save_checkpoint(path, **tokenizer.state())  # rank 0's, for all
     typed = f" --data {cfg.data}" if cfg.data else ""
+    typed += f" --out_dir {cfg.out_dir}" if cfg.out_dir != "out" else ""
     check(
         os.path.exists(path),
         f"{path}: no such tokenizer; make it with: python train_tokenizer.py --iter {cfg.iter}{typed}"

@@ -183,6 +183,7 @@ def find_teacher(cfg):
     """Return the teacher, an Encoder or a Classifier, and its path."""
     path = cfg.teacher or f"{cfg.out_dir}/mam_iter{cfg.iter - 1}.pt"
     typed = f" --data {cfg.data}" if cfg.data else ""
+    typed += f" --out_dir {cfg.out_dir}" if cfg.out_dir != "out" else ""
     check(
         os.path.exists(path),
         f"{path}: no such teacher; make it with: python train_mam.py --iter {cfg.iter - 1}{typed}, "

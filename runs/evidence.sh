@@ -16,7 +16,8 @@
 #
 # A pre-training of 4,000 steps and its scores take 20 to 30 minutes of a core where bfloat16 is fast; all
 # of it, some 60 pre-trainings, a day on two.
-AUDIO=${1:?usage: runs/evidence.sh AUDIO [JOB SEED]} JOB=$2 SEED=$3
+USAGE="usage: runs/evidence.sh AUDIO [JOB SEED]"
+AUDIO=${1:?$USAGE} JOB=$2 SEED=$3
 OUT=${OUT:-out/evidence}
 . runs/stages.sh
 JOBS=${JOBS:-2}
@@ -264,7 +265,15 @@ at_once() {
         | xargs -P $JOBS -n 2 bash "$0" $AUDIO
 }
 
+if [ -z "$DRY_RUN" ] && [ ! -e "$AUDIO/esc50/meta.csv" ]; then
+    echo "$AUDIO/esc50/meta.csv: no such table. $USAGE" >&2
+    exit 1
+fi
 if [ -n "$JOB" ]; then
+    if ! declare -F "$JOB" > /dev/null || { [ -z "$SEED" ] && [ $JOB != packs ]; }; then
+        echo "no such job, or no seed: $JOB $SEED. $USAGE; jobs stand at the end of this file" >&2
+        exit 1
+    fi
     $JOB
     exit
 fi

@@ -24,6 +24,7 @@ def write_scores(folder, row, column, scores):
 
 def table(folder, title):
     """Return {row: {column: cell}} of a title's two tables in what the program writes."""
+    (folder / "logs").mkdir(exist_ok=True)
     evidence.main([str(folder)])
     text = (folder / "tables.md").read_text()
     lines = text[text.index(title) :].split("\n## ")[0].splitlines()

@@ -3,7 +3,7 @@ Draw the logs of runs over each other: is mine on its way, and how does it compa
 
     python -m tools.curves out/*.jsonl                      # curves.png
     python -m tools.curves out/mam_iter1.jsonl --live       # again and again, until Ctrl-C
-    python -m tools.curves out/mam_iter1.jsonl figures/logs/mam_iter1.jsonl --out mine.png
+    python -m tools.curves out figures/logs/toy             # all logs of folders
 
 The logs come before the flags. Each panel shows a key of theirs, which the training scripts explain:
 pale on the training clips, with markers on those held out; dashed is the loss of a model that knows
@@ -93,19 +93,22 @@ def draw(logs):
 
 
 def main(argv):
-    paths = list(itertools.takewhile(lambda word: word[:1] != "-", argv))
-    cfg = Config(**parse(Config, __doc__, argv[len(paths) :]))
-    check(paths, "which? python -m tools.curves LOG.jsonl ... [--flag value ...]")
+    names = list(itertools.takewhile(lambda word: word[:1] != "-", argv))
+    cfg = Config(**parse(Config, __doc__, argv[len(names) :], "LOGS "))
+    check(names, "which? python -m tools.curves LOG.jsonl ... [--flag value ...]")
     check_flags(cfg)
-    for path in paths:
-        there = cfg.live or Path(path).exists()
-        check(there, f"{path}: no such log; with --live it is waited for")
+    paths = []
+    for name in names:
+        there = cfg.live or Path(name).exists()
+        check(there, f"{name}: no such log; with --live it is waited for")
+        paths += sorted(Path(name).glob("*.jsonl")) if Path(name).is_dir() else [name]
+    check(paths, f"{names[0]}: no .jsonl in this folder")
 
     while True:
         figure = draw(read_logs(paths))
         check(
             figure or cfg.live,
-            f"nothing to draw in {', '.join(paths)}: no logs of runs, or runs that have just begun"
+            f"nothing to draw in {', '.join(names)}: no logs of runs, or runs that have just begun"
         )
         if figure:
             save(figure, cfg.out)

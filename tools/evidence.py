@@ -282,9 +282,9 @@ def figure(folder, path):
 
 
 def main(argv):
-    check(len(argv) == 1, "usage: python -m tools.evidence out/evidence")
+    check(len(argv) == 1 and argv[0] != "--help", "usage: python -m tools.evidence out/evidence")
     folder = Path(argv[0])
-    check(folder.is_dir(), f"{folder}: no such folder; runs/evidence.sh makes it")
+    check(Path(folder, "logs").is_dir(), f"{folder}: no folder that runs/evidence.sh has made: no logs in it")
     lines = [*tables(folder), *ensembles(folder), *costs(folder), *papers()]
     Path(folder, "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

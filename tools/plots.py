@@ -8,7 +8,7 @@ from pathlib import Path
 from common import UserError, write_whole
 
 # the colour-blind tell them apart, too (Okabe and Ito); after the last the markers change
-COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#333333"
+COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 MARKERS = "os^Dv"
 DARK, GREY, PALE = "#333333", "#888888", "#e8e8e8"
 
