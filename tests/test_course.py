@@ -105,7 +105,7 @@ def test_every_command_prints_what_the_course_says(tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "out", "packs", "venv", "__pycache__"))
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | dict(PATH=path)
+    environment = os.environ | dict(PATH=path, OMP_NUM_THREADS="1")
     wrong = []
     for command, expected in experiments(TEXT):
         run = subprocess.run(["bash", "-e", "-c", command], cwd=tree, env=environment, text=True,
