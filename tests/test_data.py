@@ -76,7 +76,7 @@ def test_a_table_becomes_a_pack(tmp_path, write_wav):
     ("name,label\na.wav,x\n", "no column named path.*name.*--path_column"),
     ("path,start,end\na.wav,3,1\n", "line 2.*from 3.0 s to 1.0 s"),
     ("path\na.wav\n./a.wav\n", "line 3: ./a.wav stands there twice"),
-    ("path\nnowhere.wav\n", "no usable audio.*no such file"),
+    ("path\nnowhere.wav\n", "none of its files is there, nowhere.wav the first"),
     ('path,label\na.wav,"dog\nb.wav",cat\n', "line 3: a quotation mark is open")])
 def test_mistakes_are_explained_and_leave_nothing(tmp_path, monkeypatch, table, message):
     monkeypatch.chdir(tmp_path)
