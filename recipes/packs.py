@@ -716,7 +716,7 @@ def splits_of(pack, test_split="", fold="", valid_share=0.0):
         check(
             train.any() and test.any(),
             f"{pack.path}: training needs the splits train and test, or folds 1, 2, ...; it has: {there}. "
-            "A table has a column of them (data.py csv), or a tree of folders (data.py folder --folders splits)"
+            "They are a column of a table (data.py csv), or folders (data.py folder --folders splits)"
         )
         masks[""] = train, valid, test
 
