@@ -491,6 +491,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # names may be of any bytes
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:

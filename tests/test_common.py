@@ -177,6 +177,11 @@ def test_a_log_goes_on_on_a_new_line_after_one_that_was_cut(tmp_path):
     lines = (tmp_path / "x.jsonl").read_text().splitlines()
     assert lines[:2] == ['{"step": 1}', '{"st'] and [json.loads(line)["step"] for line in lines[2:]] == [2, 3]
 
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_done(tmp_path):
+    (tmp_path / "out").touch()                                  # a file of this name
+    with pytest.raises(UserError, match="/out: cannot be written .*; choose another folder"):
+        common.Lock(tmp_path / "out/mam_iter1.pt")
+
 def test_two_processes_do_not_write_the_same_files(tmp_path):
     program = "import common, sys; lock = common.Lock(sys.argv[1]); print('has it', flush=True); input()"
     command = [sys.executable, "-c", program, tmp_path / "x.pt"]

@@ -11,7 +11,7 @@ from test_runs import recipe
 from tools import evidence
 
 def write_scores(folder, row, column, scores):
-    """Leave the logs that fine-tuning or a probe leaves: a line of training, then one of the test, in [0, 1]."""
+    """Leave logs as fine-tuning and probes do: a line of training, then one of the test, in [0, 1]."""
     where, encoder = evidence.ROWS[row].split()
     name = evidence.COLUMNS[column].format(encoder)
     for seed, score in enumerate(scores):
@@ -57,7 +57,8 @@ def test_differences_are_of_the_same_seed_and_bold_where_three_agree(second, cel
 
 def test_costs_add_up_what_interrupted_stages_took(tmp_path):
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs/mam_smooth_0_1.log").write_text("core seconds: 60.5 + 1.5\nx\ncore seconds: 118.0 + 0.0\n")
+    twice = "core seconds: 60.5 + 1.5\nstep 100\ncore seconds: 118.0 + 0.0\n"
+    (tmp_path / "logs/mam_smooth_0_1.log").write_text(twice)
     (tmp_path / "logs/mam_plain_0_1.log").write_text("core seconds: 60.0 + 0.0\n")
     (tmp_path / "logs/mam_plain_1_1.log").write_text("step 100\n")          # not through yet
     costs = table(tmp_path, "What it cost")

@@ -173,6 +173,17 @@ def test_a_recipe_without_its_arguments_says_what_it_needs():
         assert run.returncode
         assert f"usage: runs/{name} " in run.stderr
 
+@pytest.mark.parametrize("arguments, message", [
+    ([], "usage: runs/evidence.sh AUDIO"), (["nowhere"], "nowhere/esc50/meta.csv: no such table"),
+    (["here", "smoth", "0"], "no such job, or no seed: smoth 0"), (["here", "smooth"], "or no seed: smooth")])
+def test_the_evidence_without_tables_job_or_seed_says_what_it_needs(arguments, message, tmp_path):
+    (tmp_path / "esc50").mkdir()
+    (tmp_path / "esc50/meta.csv").touch()
+    arguments = [str(tmp_path) if word == "here" else word for word in arguments]
+    run = recipe("evidence.sh", *arguments, OUT=str(tmp_path / "out"))
+    assert run.returncode and message in run.stderr
+    assert not (tmp_path / "out").exists()
+
 @pytest.mark.parametrize("launch", ["true", "false"])
 def test_a_recipe_stops_where_a_stage_ends_early(launch, tmp_path):
     """Also one that ends with status 0, as after a signal."""

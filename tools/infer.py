@@ -12,6 +12,7 @@ It is heard in windows, of which no more than a few are in memory. export_progra
 classifier a program of its own, by torch.export.
 """
 
+import os
 import struct
 import sys
 import tempfile
@@ -271,6 +272,8 @@ def main(argv):
         except UserError as error:
             skipped += 1
             print(f"skipped: {error}", file=sys.stderr)
+        except BrokenPipeError:
+            raise
         except OSError as error:
             where = printable(target or "the output")
             raise UserError(f"{where}: cannot be written ({error.strerror or error})") from None
@@ -289,6 +292,9 @@ def run(argv):
     sys.stdout.reconfigure(errors="backslashreplace")  # a class's name, say, that the terminal lacks
     try:
         main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os._exit(0)  # who reads the lines has had enough of them, as `head` has
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except (MemoryError, torch.OutOfMemoryError):

@@ -206,7 +206,7 @@ def draw(runs, *sound):
 
 def main(argv):
     names = list(takewhile(lambda word: word[:1] != "-", argv))
-    cfg = Config(**parse(Config, __doc__, argv[len(names) :]))
+    cfg = Config(**parse(Config, __doc__, argv[len(names) :], "CHECKPOINT TOKENIZER SOUND "))
     check(
         len(names) == 3,
         "which? python -m tools.picture CHECKPOINT TOKENIZER SOUND [--flag value ...]"
