@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from common import UserError
 from conftest import ROOT
 from test_runs import recipe
 from tools import evidence
@@ -55,14 +56,42 @@ def test_differences_are_of_the_same_seed_and_bold_where_three_agree(second, cel
     write_scores(tmp_path, "iteration 1", "words, fine-tuned", second)
     assert table(tmp_path, "2. Iterations")["iteration 2 less iteration 1"]["words, fine-tuned"] == cell
 
-def test_costs_add_up_what_interrupted_stages_took(tmp_path):
+def write_cost(folder, stage, *seconds):
+    (folder / "logs").mkdir(exist_ok=True)
+    lines = [f"step 100\ncore seconds: {each} + 1.5\n" for each in seconds]
+    (folder / "logs" / f"{stage}.log").write_text("".join(lines))
+
+def test_a_row_costs_what_its_stages_took_with_interrupted_ones_added_up(tmp_path):
+    write_cost(tmp_path, "mam_iterations_0_2", 58.5, 118.5)                 # went on after an interruption
+    write_cost(tmp_path, "mam_iterations_1_2", 58.5)
+    write_cost(tmp_path, "mam_iterations_2_2")                              # not through yet
+    write_cost(tmp_path, "mam_iterations_0_3", 6000)                        # another row's
+    write_cost(tmp_path, "tokenizer_iterations_0_2", 28.5)
+    write_cost(tmp_path, "linear_iterations_0_iter2_all_esc50", 28.5)
+    write_cost(tmp_path, "finetune_iterations_0_iter2_words", 28.5)
+    row = table(tmp_path, "What a row costs")["iteration 2"]
+    assert list(row.values()) == ["0.5 (1)", "2.0 ± 1.4 (2)", "1.0 (1)", "6"]
+
+def test_the_teacher_of_3_plus_is_part_of_its_cost(tmp_path):
+    write_cost(tmp_path, "finetune_plus_0_labels", 58.5)
+    write_cost(tmp_path, "tokenizer_plus_0_3", 28.5)
+    assert table(tmp_path, "What a row costs")["iteration 3+"]["teacher, tokenizer"] == "1.5 (1)"
+
+def test_the_tables_replace_what_stands_between_the_marks_of_a_page(tmp_path, capsys):
+    first, last = evidence.MARKS
     (tmp_path / "logs").mkdir()
-    twice = "core seconds: 60.5 + 1.5\nstep 100\ncore seconds: 118.0 + 0.0\n"
-    (tmp_path / "logs/mam_smooth_0_1.log").write_text(twice)
-    (tmp_path / "logs/mam_plain_0_1.log").write_text("core seconds: 60.0 + 0.0\n")
-    (tmp_path / "logs/mam_plain_1_1.log").write_text("step 100\n")          # not through yet
-    costs = table(tmp_path, "What it cost")
-    assert list(costs["mam"].values()) == ["2", "2.0 ± 1.4 (2)", "4"]
+    write_scores(tmp_path, "scratch", "words, fine-tuned", [40, 41, 45])
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{first}\nold\n{last}\nafter\n")
+    for _ in range(2):
+        evidence.main([str(tmp_path), str(page)])
+        text = page.read_text()
+        assert text.startswith(f"before\n{first}\n") and text.endswith(f"\n{last}\nafter\n")
+        assert "42.0 ± 2.6 (3)" in text and "old" not in text
+    page.write_text("no marks\n")
+    with pytest.raises(UserError, match="page.md.*until here"):
+        evidence.main([str(tmp_path), str(page)])
+    assert page.read_text() == "no marks\n"
 
 def test_the_papers_rows_cost_what_a_count_by_hand_gives(tmp_path):
     # 10 s: 496 tokens; blocks of 12 d^2 weights; the visible quarter through 12 blocks, the grid through 3

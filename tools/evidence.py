@@ -1,7 +1,8 @@
 """
 Make the tables and the figure of what runs/evidence.sh left behind.
 
-    python -m tools.evidence out/evidence       # -> out/evidence/tables.md, and .png with matplotlib
+    python -m tools.evidence out/evidence                # -> tables.md there, and with matplotlib evidence.png
+    python -m tools.evidence out/evidence RESULTS.md     # the tables between the marks in that page as well
 
 Every score is read from a log that finetune.py or evaluate.py wrote. A table says, in percent, the mean and
 standard deviation over the seeds and how many these are; behind it stand the differences of two rows seed by
@@ -204,20 +205,37 @@ def ensembles(folder):
 # costs
 
 
+# column: the logs of the stages of a row, {where} = its folder, {encoder} = iter1 and so on, {n} = 1
+STAGES = {
+    "teacher, tokenizer": r"tokenizer_{where}_(\d+)_{n}|finetune_{where}_(\d+)_labels",
+    "pre-training": r"mam_{where}_(\d+)_{n}",
+    "scores": r"(?:linear|finetune)_{where}_(\d+)_{encoder}_.*"
+}
+
+
+def minutes_of(folder, pattern):
+    """Return {seed: minutes of a core} of the stages whose logs have that name."""
+    minutes = defaultdict(float)
+    for path in folder.glob("logs/*.log"):
+        if name := re.fullmatch(pattern, path.stem):
+            seconds = re.findall(r"^core seconds: ([\d.]+) \+ ([\d.]+)", path.read_text(), re.M)
+            seed = next(filter(None, name.groups()))
+            minutes[seed] += sum(float(user) + float(system) for user, system in seconds) / 60
+    return {seed: total for seed, total in minutes.items() if total}
+
+
 def costs(folder):
-    """Yield the lines of the table of what the stages cost, in minutes of a core."""
-    minutes = defaultdict(list)
-    for path in sorted(folder.glob("logs/*.log")):
-        seconds = re.findall(r"^core seconds: ([\d.]+) \+ ([\d.]+)", path.read_text(), re.M)
-        total = sum(float(user) + float(system) for user, system in seconds)
-        if total:
-            minutes[path.stem.partition("_")[0]].append(total / 60)
-    yield from ["## What it cost, in minutes of a core", ""]
-    rows = [
-        [kind, f"{len(values)}", spread(values), f"{sum(values):,.0f}"]
-        for kind, values in minutes.items()
-    ]
-    yield from [*markdown(["stages", "each", "together"], rows), ""]
+    """Yield the lines of the table of what the rows cost, in minutes of a core."""
+    yield from ["## What a row costs, in minutes of a core", ""]
+    rows = []
+    for row, place in ROWS.items():
+        where, encoder = place.split()
+        names = dict(where=where, encoder=encoder, n=encoder[-1])
+        columns = [minutes_of(folder, pattern.format(**names)) for pattern in STAGES.values()]
+        total = sum(sum(column.values()) for column in columns)
+        cells = [spread(list(column.values())) for column in columns]
+        rows.append([row, *cells, f"{total:,.0f}" if total else ""])
+    yield from [*markdown([*STAGES, "all seeds together"], rows), ""]
 
 
 RATE, DEVICES, USE = 989e12, 8, 0.3  # bfloat16 operations a second of an H100; share that is made use of
@@ -264,14 +282,14 @@ def papers():
 
 def figure(folder, path):
     """Draw the rows of FIGURE on the three sets: a point a seed, a bar at their mean."""
-    rows = FIGURE.split("; ")
+    rows = [row for row in FIGURE.split("; ") if any(scores_of(folder, row, column) for column in PANELS)]
     picture = new_figure(14, 4.2)
     panels = picture.subplots(1, len(PANELS), sharey=True)
     for panel, column in zip(panels, PANELS):
         for height, row in enumerate(rows):
             values = list(scores_of(folder, row, column).values())
             if not values:
-                continue
+                continue  # not measured yet
             colour = GREY if row in ("scratch", "reconstruction") else COLOURS[0]
             panel.plot(values, [height] * len(values), "o", color=colour, alpha=0.6, markersize=9)
             mean = statistics.mean(values)
@@ -284,13 +302,30 @@ def figure(folder, path):
     save(picture, path)
 
 
+MARKS = "<!-- what python -m tools.evidence says -->", "<!-- until here -->"
+
+
+def put_between_marks(page, text):
+    """Replace what stands between the two MARKS of a page."""
+    before, first, rest = page.read_text().partition(MARKS[0])
+    _, last, after = rest.partition(MARKS[1])
+    check(first and last, f"{page}: no lines {' and '.join(MARKS)} for the tables to stand between")
+    page.write_text(f"{before}{first}\n\n{text}\n{last}{after}")
+
+
 def main(argv):
-    check(len(argv) == 1 and argv[0] != "--help", "usage: python -m tools.evidence out/evidence")
+    check(
+        len(argv) in (1, 2) and argv[0] != "--help",
+        "usage: python -m tools.evidence out/evidence [RESULTS.md]"
+    )
     folder = Path(argv[0])
     check(Path(folder, "logs").is_dir(), f"{folder}: no folder that runs/evidence.sh has made: no logs in it")
     lines = [*tables(folder), *ensembles(folder), *costs(folder), *papers()]
-    Path(folder, "tables.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    text = "\n".join(lines)
+    Path(folder, "tables.md").write_text(f"{text}\n")
+    print(text)
+    for page in argv[1:]:
+        put_between_marks(Path(page), text)
     try:
         figure(folder, Path(folder, "evidence.png"))
     except UserError as error:  # the tables are there without matplotlib
