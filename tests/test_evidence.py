@@ -28,7 +28,7 @@ def table(folder, title):
     (folder / "logs").mkdir(exist_ok=True)
     evidence.main([str(folder)])
     text = (folder / "tables.md").read_text()
-    lines = text[text.index(title) :].split("\n## ")[0].splitlines()
+    lines = text[text.index(title) :].split("\n### ")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     return {row: dict(zip(cells[0][1:], values)) for row, *values in cells[1:]}
 

@@ -180,7 +180,7 @@ def tables(folder):
             cells = [difference(folder, pair, column) for column in COLUMNS]
             differences.append([" less ".join(pair), *cells])
         if lines := markdown(COLUMNS, means):
-            yield from [f"## {title}", "", claim, "", *lines, ""]
+            yield from [f"### {title}", "", claim, "", *lines, ""]
             yield from [*markdown(COLUMNS, differences), ""]
 
 
@@ -197,7 +197,7 @@ def ensembles(folder):
             cells.append(spread([score for score in scores if score]))
         rows.append([f"{members}", *cells])
     if lines := markdown(["ESC-50, fine-tuned", "words, fine-tuned"], rows):
-        yield from ["## Mean probability of fine-tuned members, half of either mixture", ""]
+        yield from ["### Mean probability of fine-tuned members, half of either mixture", ""]
         yield from ["BEATs Table 3: 50.6 mAP of ten where the best has 48.6 (theirs).", "", *lines, ""]
 
 
@@ -226,7 +226,7 @@ def minutes_of(folder, pattern):
 
 def costs(folder):
     """Yield the lines of the table of what the rows cost, in minutes of a core."""
-    yield from ["## What a row costs, in minutes of a core", ""]
+    yield from ["### What a row costs, in minutes of a core", ""]
     rows = []
     for row, place in ROWS.items():
         where, encoder = place.split()
@@ -266,7 +266,7 @@ def arithmetic(model, stage):
 def papers():
     """Yield the lines of the table of what the papers' rows would cost."""
     machine = f"{DEVICES} H100 at {USE:.0%} of {RATE / 1e12:.0f} TFLOP/s"
-    yield from [f"## What the papers' rows would cost on {machine}", ""]
+    yield from [f"### What the papers' rows would cost on {machine}", ""]
     yield from ["Counted, not measured; the codes of a frozen tokenizer are not in it.", ""]
     rows = []
     for stage, (model, steps, seconds) in PAPERS.items():
