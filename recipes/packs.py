@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import threading
@@ -655,7 +656,10 @@ def open_packs(spec):
 # who trains and who tests
 
 
-FOR_TESTING = "test", "testing", "eval", "evaluation", "valid", "val", "validation", "dev"
+# a split with one of these words in its name: test, test-clean, FSD50K.eval_audio, but not contest
+FOR_TESTING = re.compile(
+    r"(?<![^\W\d_])(test|testing|eval|evaluation|valid|val|validation|dev)(s|set)?(?![^\W\d_])", re.I
+)
 
 
 def may_train(split, splits="", leave_out=""):
@@ -664,7 +668,7 @@ def may_train(split, splits="", leave_out=""):
     split: array of str; splits: hear these instead, and recordings of no split; "all" = every one;
     leave_out: and never these. Both as in "1,2".
     """
-    heard = ~np.isin(np.char.lower(split), FOR_TESTING)
+    heard = ~np.isin(split, [name for name in np.unique(split) if FOR_TESTING.search(name)])
     if splits:
         heard = np.isin(split, ["", *splits.split(",")]) | (splits == "all")
     return heard & ~np.isin(split, list(filter(None, leave_out.split(","))))

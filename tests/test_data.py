@@ -631,6 +631,15 @@ def test_clips_to_test_or_choose_by_are_not_heard_unless_named(flags, heard, tmp
     epoch = {clip for batch in sounds.plan(0) for clip in batch}
     assert set(split[list(epoch)]) == set(heard)
 
+@pytest.mark.parametrize("name, heard", [
+    ("test-clean", False), ("dev_other", False), ("Test set", False), ("FSD50K.eval_audio", False),
+    ("validation2", False), ("my-tests", False), ("train-clean-100", True), ("contest", True), ("devout", True)])
+def test_a_split_with_a_word_for_testing_in_its_name_is_not_heard(name, heard, tmp_path):
+    rows = [row_of(i, "a", name if i % 2 else "other") for i in range(8)]
+    data.write_pack(tmp_path / "pack", rows, lambda row: sine(1))
+    left = "none" if heard else f"4 of {name}"
+    assert str(Sounds(str(tmp_path / "pack"), 0.0, 10.0)).endswith(f"left out: {left}")
+
 def test_a_fold_is_left_out_and_a_name_that_no_pack_has_is_a_mistake(ragged, tmp_path):
     assert "all folds are heard, 1, 2, 3; see --leave_out" in str(Sounds(ragged, 0.0, 10.0))
     sounds = Sounds(ragged, 0.0, 10.0, leave_out="2")
