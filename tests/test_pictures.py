@@ -191,7 +191,8 @@ def test_scores_are_those_of_the_tests_and_probes_all_folds_together(tmp_path):
     logs = dict(linear_x_fold1=[dict(accuracy=0.2, mAP=0.9), dict(accuracy=0.4, mAP=0.9)],  # run again
                 linear_x_fold2=[dict(accuracy=0.6)], linear_tags=[dict(mAP=0.7)], mam_iter1=PRETRAINING,
                 bench=[dict(piece="encoder", seconds=0.1)])
-    assert curves.scores(logs) == {"linear_x": [0.4, 0.6], "linear_tags": [0.7],
+    logs["linear_x_fold1.1"] = [dict(accuracy=0.3)]             # an earlier run, which was kept
+    assert curves.scores(logs) == {"linear_x": [0.4, 0.6], "linear_x.1": [0.3], "linear_tags": [0.7],
                                    "mam_iter1, probe before": [0.3], "mam_iter1, probe after": [0.6]}
 
 def test_the_command_draws_one_line_results_and_refuses_what_is_no_log(tmp_path):

@@ -44,7 +44,7 @@ def scores(logs):
     """Return {name: accuracy, or else mAP, of each fold} of what was tested."""
     found = defaultdict(list)
     for name, rows in logs.items():
-        together = re.sub(r"_fold[^_/]*$", "", name)
+        together = re.sub(r"_fold[^_/.]*(?=[.\d]*$)", "", name)
         last = {key: value for row in rows for key, value in row.items() if "step" not in row}
         found[together].append(last.get("accuracy", last.get("mAP")))
         for when in ("before", "after"):
