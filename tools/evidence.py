@@ -6,7 +6,7 @@ Make the tables and the figure of what runs/evidence.sh left behind.
 
 Every score is read from a log that finetune.py or evaluate.py wrote. A table says, in percent, the mean and
 standard deviation over the seeds and how many these are; behind it stand the differences of two rows seed by
-seed, and how often their sign is that of the mean. Bold: better with every seed, of three or more.
+seed, and how often their sign is that of the mean. Bold: every seed agrees, of three or more.
 Costs are of the processors, as the logs of the stages say; those of the papers' rows are counted: the
 arithmetic of Linear layers and attention, backward as twice forward, at a share of the devices' rate.
 """
@@ -197,8 +197,9 @@ def ensembles(folder):
             cells.append(spread([score for score in scores if score]))
         rows.append([f"{members}", *cells])
     if lines := markdown(["ESC-50, fine-tuned", "words, fine-tuned"], rows):
-        yield from ["### Mean probability of fine-tuned members, half of either mixture", ""]
-        yield from ["BEATs Table 3: 50.6 mAP of ten where the best has 48.6 (theirs).", "", *lines, ""]
+        yield from ["### Mean probability of fine-tuned members, half of them of each mixture", ""]
+        yield from ["BEATs Table 3: 50.6 mAP of ten where the best has 48.6 (theirs). Fours share members.", ""]
+        yield from [*lines, ""]
 
 
 # -----------------------------------------------------------------------------
@@ -218,7 +219,8 @@ def minutes_of(folder, pattern):
     minutes = defaultdict(float)
     for path in folder.glob("logs/*.log"):
         if name := re.fullmatch(pattern, path.stem):
-            seconds = re.findall(r"^core seconds: ([\d.]+) \+ ([\d.]+)", path.read_text(), re.M)
+            text = path.read_text().replace(",", ".")  # of some languages
+            seconds = re.findall(r"^core seconds: ([\d.]+) \+ ([\d.]+)", text, re.M)
             seed = next(filter(None, name.groups()))
             minutes[seed] += sum(float(user) + float(system) for user, system in seconds) / 60
     return {seed: total for seed, total in minutes.items() if total}
@@ -226,7 +228,6 @@ def minutes_of(folder, pattern):
 
 def costs(folder):
     """Yield the lines of the table of what the rows cost, in minutes of a core."""
-    yield from ["### What a row costs, in minutes of a core", ""]
     rows = []
     for row, place in ROWS.items():
         where, encoder = place.split()
@@ -235,7 +236,8 @@ def costs(folder):
         total = sum(sum(column.values()) for column in columns)
         cells = [spread(list(column.values())) for column in columns]
         rows.append([row, *cells, f"{total:,.0f}" if total else ""])
-    yield from [*markdown([*STAGES, "all seeds together"], rows), ""]
+    if lines := markdown([*STAGES, "all seeds together"], rows):
+        yield from ["### What a row costs, in minutes of a core", "", *lines, ""]
 
 
 RATE, DEVICES, USE = 989e12, 8, 0.3  # bfloat16 operations a second of an H100; share that is made use of
@@ -283,6 +285,7 @@ def papers():
 def figure(folder, path):
     """Draw the rows of FIGURE on the three sets: a point a seed, a bar at their mean."""
     rows = [row for row in FIGURE.split("; ") if any(scores_of(folder, row, column) for column in PANELS)]
+    check(rows, f"{folder}: nothing to draw yet")
     picture = new_figure(14, 4.2)
     panels = picture.subplots(1, len(PANELS), sharey=True)
     for panel, column in zip(panels, PANELS):
