@@ -36,7 +36,7 @@ from evaluate import (
     task_of,
     write_results
 )
-from model import Classifier, Encoder, flops_of, random_mask, recompute_blocks, unpack
+from model import PLAIN, Classifier, flops_of, random_mask, recompute_blocks, unpack, with_settings
 
 @dataclass
 class Config:
@@ -267,8 +267,7 @@ def new_classifier(cfg, path, ckpt, pack):
     check(cfg.fbank_std or not cfg.fbank_mean, "--fbank_mean: say --fbank_std as well")
     if cfg.fbank_std:
         settings |= dict(fbank_mean=cfg.fbank_mean, fbank_std=cfg.fbank_std)
-    encoder = Encoder(dataclasses.replace(start.cfg, **settings))
-    encoder.load_state_dict(start.state_dict())
+    encoder = with_settings(start, **PLAIN | settings)
     model = Classifier(encoder, pack.classes, multilabel=cfg.loss == "bce")
     torch.nn.init.zeros_(model.head.weight)
     torch.nn.init.zeros_(model.head.bias)

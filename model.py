@@ -77,6 +77,9 @@ class EncoderConfig:
             f"{self.buckets} buckets do not fit distances up to {self.max_distance}"
         )
 
+# what one training makes an encoder robust with, and the next does not inherit
+PLAIN = dict(activation_dropout=0.0, input_dropout=0.0, layerdrop=0.0, grad_decay=1.0)
+
 PRESETS = {
     "tiny": EncoderConfig(
         layers=4,
@@ -574,9 +577,7 @@ class MaskedAudioModel(nn.Module):
         self.encoder = encoder
         self.embed = nn.Linear(cfg.dim, dim)
         self.band = nn.Parameter(torch.randn(BANDS, dim) * 0.02)
-        cfg = dataclasses.replace(
-            cfg, dim=dim, ffn=4 * dim, heads=heads, layerdrop=0.0, grad_decay=1.0
-        )
+        cfg = dataclasses.replace(cfg, dim=dim, ffn=4 * dim, heads=heads, **PLAIN)
         self.predictor = Transformer(cfg, blocks)
         self.head = nn.Linear(dim, codes)
 
@@ -716,6 +717,13 @@ def build(path, kind, encoder, rest, beside):
         model = Classifier(encoder, beside["labels"], beside["multilabel"], dropout)
     load_state(model, on_encoder(encoder, rest), path)
     return model.eval()
+
+
+def with_settings(encoder, **settings):
+    """Return a copy of an Encoder with other settings, such as its dropout."""
+    copy = Encoder(dataclasses.replace(encoder.cfg, **settings))
+    copy.load_state_dict(encoder.state_dict())
+    return copy
 
 
 def load_encoder(path, cfg=None, fbank=None):

@@ -43,6 +43,7 @@ from common import (
 )
 from model import (
     ESPNET_PADS,
+    PLAIN,
     Encoder,
     Transformer,
     agreed,
@@ -314,8 +315,8 @@ class SelfDistilledTokenizer(Tokenizer):
         self.codebook = Codebook(n_codes, code_dim)
         if estimator_blocks:
             self.embed = nn.Linear(code_dim, dim)
-            plain = dataclasses.replace(encoder.cfg, layerdrop=0.0, grad_decay=1.0)
-            self.estimator = Transformer(plain, estimator_blocks)
+            cfg = dataclasses.replace(encoder.cfg, **PLAIN)
+            self.estimator = Transformer(cfg, estimator_blocks)
             self.head = nn.Linear(dim, target_width)
             self.register_buffer("target_mean", torch.zeros(target_width))
             self.register_buffer("target_map", torch.eye(target_width))

@@ -30,6 +30,7 @@ from audio import SAMPLE_RATE, fbank, is_silent, num_tokens, patchify
 from common import all_sum, autocast, check
 from evaluate import probe_score
 from model import (
+    PLAIN,
     PREDICTORS,
     PRESETS,
     Encoder,
@@ -38,7 +39,8 @@ from model import (
     load_encoder,
     random_mask,
     recompute_blocks,
-    unpack
+    unpack,
+    with_settings
 )
 from tokenizer import RandomProjectionTokenizer, code_use, count_codes, load_tokenizer
 
@@ -156,7 +158,7 @@ def find_encoder(cfg, sounds, path, ckpt):
     if ckpt:
         return unpack(ckpt, path)[1]
     if cfg.init:
-        return load_encoder(cfg.init)
+        return with_settings(load_encoder(cfg.init), **PLAIN)
     return Encoder(dataclasses.replace(PRESETS[cfg.model], **sounds.fbank_stats()))
 
 

@@ -26,7 +26,7 @@ import common
 import data
 from audio import BANDS, ROW, SAMPLE_RATE, fbank, is_silent, num_tokens, patchify
 from common import all_sum, autocast, check
-from model import PRESETS, Encoder, flops_of, load, recompute_blocks, unpack
+from model import PLAIN, PRESETS, Encoder, flops_of, load, recompute_blocks, unpack
 from tokenizer import SelfDistilledTokenizer, code_use, count_codes, whitening
 
 # Table 4 of the paper, by teacher; batches in seconds of audio over all devices. The encoder starts at
@@ -197,7 +197,7 @@ def find_encoder(cfg, teacher, path, ckpt):
     if ckpt:
         return unpack(ckpt, path)[1]
     trunk = getattr(teacher, "encoder", teacher)  # of a classifier, what is below its head
-    shape = trunk.cfg
+    shape = dataclasses.replace(trunk.cfg, **PLAIN)
     if cfg.model:
         shape = dataclasses.replace(
             PRESETS[cfg.model], fbank_mean=shape.fbank_mean, fbank_std=shape.fbank_std

@@ -27,7 +27,7 @@ import train_mam
 import train_tokenizer
 from audio import fbank, is_silent, patchify
 from common import UserError
-from conftest import MICRO, ROOT, row_of
+from conftest import MICRO, ROOT, row_of, save_classifier
 from model import (PREDICTORS, PRESETS, Classifier, Encoder, EncoderConfig, MaskedAudioModel, Transformer,
                    load, random_mask)
 from tokenizer import Codebook, RandomProjectionTokenizer, SelfDistilledTokenizer, load_tokenizer, whitening
@@ -402,6 +402,24 @@ def test_a_run_that_goes_on_with_other_flags_says_which(script, begun, uneven, t
     script.main(data=uneven, out_dir=str(tmp_path), resume=True, lr=1e-5, max_steps=1)
     said = re.search("^other flags than .* was begun with: (.*)$", capsys.readouterr().out, re.M)[1]
     assert set(re.findall(r"(\w+) \S+ -> ", said)) == {"lr", "out_dir"}
+
+@pytest.mark.parametrize("script, flags", [
+    (train_mam, dict(model="tiny")), (train_mam, dict(init="x.pt")), (train_mam, dict(projection="plain")),
+    (train_tokenizer, dict(model="tiny")), (train_tokenizer, dict(dropout=0.2)),
+    (train_tokenizer, dict(from_teacher=False))])
+def test_a_flag_that_nothing_can_heed_any_more_is_refused(script, flags, begun, uneven):
+    with pytest.raises(UserError, match=f"{NAMES[script]}.pt: begun with another --{next(iter(flags))};"):
+        script.main(data=uneven, out_dir=str(begun), resume=True, **flags)
+
+@every_script
+def test_what_a_file_was_fine_tuned_with_is_not_inherited(script, toy, tmp_path):
+    worn = dict(layerdrop=0.3, grad_decay=0.5, input_dropout=0.1, activation_dropout=0.1)
+    save_classifier(Encoder(dataclasses.replace(MICRO, **worn)), tmp_path / "worn.pt", ["a", "b"])
+    start = {"teacher" if script is train_tokenizer else "init": str(tmp_path / "worn.pt")}
+    own = {train_mam: MAM, train_tokenizer: TOKENIZER, finetune: FINETUNE}[script]
+    script.main(data=toy, out_dir=str(tmp_path), max_steps=1, **own | start)
+    encoder = content(tmp_path / f"{NAMES[script]}.pt")["encoder"]
+    assert [encoder[name] for name in worn] == [0, 1, 0, 0]
 
 def test_resuming_a_run_that_is_through_says_so_and_keeps_it(begun, tmp_path, capsys):
     shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
