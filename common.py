@@ -74,7 +74,7 @@ def parse(Config, doc, argv=None, names=""):
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = type(field.default)
-            options["choices"] = choices_of(comment)
+            options["choices"] = choices_of(field.name, comment)
 
         names = [f"--{field.name}"]
         if "_" in field.name:
@@ -89,8 +89,13 @@ def comments_of(Config):
     return dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
 
 
-def choices_of(comment):
-    """Return the words that a comment begins with, as in "auto | cpu | cuda", or None."""
+TABLES = {}  # flag: a dict, whose keys it can be; who adds a line there need not say so here
+
+
+def choices_of(name, comment):
+    """Return what a flag can be, if not anything: as its table or the words before its comment say."""
+    if name in TABLES:
+        return list(TABLES[name])
     words = re.match(r"((?:\w+ \| )+\w+)", comment)
     return words[1].split(" | ") if words else None
 
@@ -110,8 +115,8 @@ def check_flags(cfg):
     fields = dataclasses.fields(cfg)
     for field in fields:
         name, value = field.name, getattr(cfg, field.name)
-        choices = choices_of(comments.get(name, ""))
-        if choices and name != "model":  # a program that adds a size may use it
+        choices = choices_of(name, comments.get(name, ""))
+        if choices:
             check(
                 value in [*choices, field.default],
                 f"--{name} {value}: choose one of {', '.join(choices)}"

@@ -114,6 +114,7 @@ for column, name in enumerate(("as2m", "as20k", "esc50", "ks1", "ks2", "er")):
     TASKS[name] = {key: row[column] for key, row in TABLE4.items()}
     TASKS[name] |= dict(dropout=0.0, weight_decay=0.01, head_lr=1.0, patchout=0.0)
     TASKS[name]["layerdrop"] = 0.1  # (?) the released AS-2M file says 0.05
+common.TABLES["task"] = TASKS
 
 # -----------------------------------------------------------------------------
 # what a step sees

@@ -18,6 +18,7 @@ import math
 import numbers
 import re
 import timeit
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from audio import (
     patchify,
     prepare_clips
 )
-from common import CheckpointError, UserError, check, load_state, note, read_checkpoint, reading
+from common import TABLES, CheckpointError, UserError, check, load_state, note, read_checkpoint, reading
 from recipes.tables import read_classes
 
 @dataclass
@@ -95,7 +96,8 @@ PRESETS = {
 }
 
 # blocks and width of the label predictor that goes with them; 0 = the encoder's width
-PREDICTORS = {"tiny": (2, 128), "base": (3, 0), "large": (3, 0)}
+PREDICTORS = defaultdict(lambda: (3, 0), tiny=(2, 128))
+TABLES["model"] = PRESETS
 
 # -----------------------------------------------------------------------------
 # transformer
