@@ -2,7 +2,7 @@
 Classes, features or codes of sounds, by any checkpoint, ours or released. Packs are not needed.
 
     python -m tools.infer CLASSIFIER.pt clip.wav folder/        # the most probable classes
-    python -m tools.infer CLASSIFIER.pt day.flac --per_window   # ... of every 10 s
+    python -m tools.infer CLASSIFIER.pt day.flac --per_window   # ... of windows of 10 s, one every 5 s
     python -m tools.infer ENCODER.pt clip.wav --out features    # features/clip.npy: (tokens, D)
     python -m tools.infer ENCODER.pt folder/ --pool             # folder/*.npy: (D,), mean over the recording
     python -m tools.infer TOKENIZER.pt folder/ --out codes      # codes/*.npy: (tokens,)
