@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -124,6 +125,11 @@ def check_flags(cfg):
         if type(field.default) in (int, float):
             check_number(name, value, field.default)
     check_types(vars(cfg), {field.name: type(field.default) for field in fields})
+    if getattr(cfg, "keep_every", 0):
+        check(
+            cfg.keep_every % max(1, cfg.save_every) == 0,
+            f"--keep_every {cfg.keep_every}: has to be a multiple of --save_every {cfg.save_every}"
+        )
 
 
 def check_number(name, value, default):
@@ -517,6 +523,14 @@ def read_checkpoint(path):
     return ckpt
 
 
+def fingerprint(weights, state=None):
+    """Return a hash of tensors by name, and of what else they are known by."""
+    digest = hashlib.sha256(repr((state, list(weights))).encode())
+    for tensor in weights.values():
+        digest.update(tensor.cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_state(model, state, path):
     """Do model.load_state_dict(state), or raise CheckpointError."""
     with reading(path):
@@ -611,19 +625,16 @@ TRAINING = dict(
 )
 
 
-def begin(Config, flags, name, preset={}):
+def begin(Config, flags, name, preset={}, fixed=()):
     """Return (cfg, path, ckpt): defaults < preset < checkpoint < flags typed; what --resume continues.
 
-    name: of the checkpoint in --out_dir, with fields of cfg in braces.
+    name: of the checkpoint in --out_dir, with fields of cfg in braces; fixed: flags that --resume cannot
+    change, for what they say has been done.
     """
     cfg = Config(**preset | flags)
-    check_flags(cfg)
     path = f"{cfg.out_dir}/{name.format(**vars(cfg))}.pt"
-    check(
-        cfg.keep_every % max(1, cfg.save_every) == 0,
-        f"--keep_every {cfg.keep_every}: has to be a multiple of --save_every {cfg.save_every}"
-    )
     if not cfg.resume:
+        check_flags(cfg)
         return cfg, path, None
 
     try:
@@ -644,6 +655,8 @@ def begin(Config, flags, name, preset={}):
         check_types(ckpt["config"], {key: type(value) for key, value in vars(cfg).items()})
         cfg = Config(**ckpt["config"] | flags)
         check_flags(cfg)
+        for flag in fixed:
+            same(ckpt["config"], flag, getattr(cfg, flag), f"begun with another --{flag}")
         epoch, number = ckpt["place"]
         possible = 0 <= epoch <= ckpt["step"] and 0 <= number <= ckpt["step"]
         check(possible, "its step and its place cannot be")

@@ -138,7 +138,7 @@ def cut(order, fits, multiple=1):
 
 
 def by_length(samples, order, batch_samples, multiple=1):
-    """Cut clips into batches of at most batch_samples of padded audio, from long to short."""
+    """Cut clips into batches of some batch_samples of padded audio, from long to short. See cut."""
     order = order[np.argsort(-samples[order], kind="stable")]
     return cut(order, lambda first: int(batch_samples // samples[order[first]]), multiple)
 
@@ -146,7 +146,7 @@ def by_length(samples, order, batch_samples, multiple=1):
 def epoch_batches(samples, batch_samples, key, clips=None, multiple=1):
     """Return one epoch as a list of arrays of clip numbers: each clip once, a function of key (ints).
 
-    A batch has at most batch_samples of padded audio, of clips of like length, from long to short:
+    A batch has some batch_samples of padded audio, see cut, of clips of like length, from long to short:
     they are sorted within stretches of some 20 batches. samples: (clips,) lengths.
     """
     random = np.random.default_rng(key)

@@ -424,6 +424,7 @@ def main(**flags):
     cfg = Config(**TASKS[task] | flags)
     check(cfg.data, "--data PACK is missing: a labelled pack, made with python data.py")
     common.check_flags(cfg)
+    common.setup(cfg.device, cfg.seed)
     pack = data.Pack(cfg.data)
     splits, labels, several = task_of(cfg, pack)
     measure = "mAP" if several else "accuracy"

@@ -12,7 +12,6 @@ Codes of sounds: python -m tools.infer CKPT FILES; what they are worth: python -
 """
 
 import dataclasses
-import hashlib
 
 import torch
 import torch.distributed as dist
@@ -35,6 +34,7 @@ from common import (
     CheckpointError,
     all_sum,
     check,
+    fingerprint,
     load_state,
     rank,
     read_checkpoint,
@@ -72,10 +72,7 @@ class Tokenizer(nn.Module):
         """Return a hash of the weights and the configuration."""
         state = self.state()
         weights = state.pop("model")
-        digest = hashlib.sha256(repr((state, list(weights))).encode())
-        for tensor in weights.values():
-            digest.update(tensor.cpu().float().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(weights, state)
 
 
 # -----------------------------------------------------------------------------

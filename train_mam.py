@@ -80,6 +80,9 @@ class Config:
     probe: str = ""                 # labelled pack for a frozen linear probe before and after; toy: itself
     resume: bool = False            # continue out/mam_iter<k>.pt
 
+# what has been settled once a run is under way
+FIXED = "model", "init", "projection"
+
 
 @torch.no_grad()
 def listen(batch, tokenizer):
@@ -171,7 +174,7 @@ def meter_of(model, sounds, cfg, device):
 
 
 def main(**flags):
-    cfg, path, ckpt = common.begin(Config, flags, "mam_iter{iter}")  # defaults < checkpoint < flags
+    cfg, path, ckpt = common.begin(Config, flags, "mam_iter{iter}", fixed=FIXED)
     _, world, device = common.setup(cfg.device, cfg.seed)
     lock, log = common.Lock(path), common.Log(path)
 

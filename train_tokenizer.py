@@ -5,7 +5,7 @@ features (BEATs, section 3.2.2).
     python train_tokenizer.py --data packs/mine --iter 2                        # teacher: out/mam_iter1.pt
     python train_tokenizer.py --data packs/mine --iter 3 --teacher out/x.pt     # a classifier's logits
     torchrun --nproc_per_node 8 train_tokenizer.py --data packs/audioset --iter 2 --preset ssl \\
-        --device_seconds 175 --eval_every 5000 --save_every 5000
+        --device_seconds 200 --eval_every 5000 --save_every 5000
 
 Writes out/tokenizer_iter<k>.pt, the codes of train_mam.py --iter k, and .jsonl (the log). What the codes are
 worth: python -m tools.report out/tokenizer_iter2.pt --data PACK
@@ -91,6 +91,9 @@ class Config:
     save_every: int = 250           # steps between checkpoints, of which the last two are kept
     keep_every: int = 0             # steps between those that are kept for good, 0 = none
     resume: bool = False            # continue out/tokenizer_iter<k>.pt
+
+# what has been settled once a run is under way
+FIXED = "model", "from_teacher", "dropout", "targets"
 
 
 def disturb(wav, lengths, chance, share):
@@ -224,7 +227,7 @@ def meter_of(model, teacher, sounds, cfg, device):
 
 def main(**flags):
     preset = TABLE_4.get(flags.get("preset"), {})
-    cfg, path, ckpt = common.begin(Config, flags, "tokenizer_iter{iter}", preset)
+    cfg, path, ckpt = common.begin(Config, flags, "tokenizer_iter{iter}", preset, FIXED)
     check(cfg.codes <= 2**16, f"--codes {cfg.codes}: at most 65536, for they are kept in 16 bits")
     _, world, device = common.setup(cfg.device, cfg.seed)
     lock, log = common.Lock(path), common.Log(path)
@@ -241,7 +244,8 @@ def main(**flags):
                          cfg.splits, cfg.leave_out)
     sounds.clips.round_rows = 4 if cfg.compile else 1
     common.same(ckpt, "packs", sounds.ids(), f"{path} was begun on other sounds or splits than {packs}")
-    common.same(ckpt, "targets", cfg.targets, f"{path} was begun with other --targets than {cfg.targets}")
+    taught_by = common.fingerprint(teacher.state_dict())
+    common.same(ckpt, "teacher", taught_by, f"{path} was begun with another teacher than {source}")
 
     # model
     encoder, width = find_encoder(cfg, teacher, path, ckpt), teacher.teach_width
@@ -323,7 +327,7 @@ def main(**flags):
                 result = evaluate()
             if last or done % cfg.save_every == 0:
                 meter.check_steps(path, batch, sounds.names, evaluate)
-                content = model.state() | dict(packs=sounds.ids(), targets=cfg.targets)
+                content = model.state() | dict(packs=sounds.ids(), teacher=taught_by)
                 content |= dict(owed=due and stopped)
                 common.save_training(path, cfg, optimizer, batch["next"], done, **content)
         if stopped:

@@ -232,6 +232,13 @@ def test_what_is_kept_for_good_has_to_be_saved_at_all(tmp_path):
     with pytest.raises(UserError, match="--keep_every 15: has to be a multiple of --save_every 10"):
         common.begin(Config, dict(keep_every=15, save_every=10), "x")
 
+def test_what_is_kept_for_good_has_to_be_saved_by_the_flags_of_a_run_that_goes_on(tmp_path):
+    save(tmp_path / "x.pt", 2, keep_every=300, save_every=100)
+    flags = dict(out_dir=str(tmp_path), resume=True)
+    assert common.begin(Config, flags | dict(keep_every=500), "x")[0].keep_every == 500
+    with pytest.raises(UserError, match="--keep_every 300: has to be a multiple of --save_every 200"):
+        common.begin(Config, flags | dict(save_every=200), "x")
+
 @pytest.mark.parametrize("first, seconds, steps", [
     (1, 0.101, [1, 20, 39]), (1, 0.7, range(1, 41, 2)), (1, 4.0, range(1, 41)),
     (100_001, 4.0, range(100_001, 100_041))])               # of a run that is resumed
