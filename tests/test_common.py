@@ -23,7 +23,7 @@ import train_mam
 import train_tokenizer
 from common import UserError
 from conftest import MICRO, ROOT
-from model import Encoder
+from model import PRESETS, Encoder
 from tools import bench, gpu_check, infer, report
 from train_mam import Config
 
@@ -54,6 +54,14 @@ def test_every_number_of_every_program_has_a_range():
 def test_a_value_that_makes_no_sense_is_named(flags, message):
     with pytest.raises(UserError, match=message):
         common.begin(Config, flags, "x")
+
+def test_a_size_or_a_task_that_was_added_is_accepted_as_typed(monkeypatch):
+    for flag, table in (("model", PRESETS), ("task", finetune.TASKS)):
+        with pytest.raises(SystemExit):
+            common.parse(finetune.Config, "", [f"--{flag}", "mine"])
+        monkeypatch.setitem(table, "mine", next(iter(table.values())))
+        assert common.parse(finetune.Config, "", [f"--{flag}", "mine"]) == {flag: "mine"}
+        common.check_flags(finetune.Config(**{flag: "mine"}))
 
 @pytest.mark.parametrize("argv, message", [
     ("--itre 2", "unrecognized arguments: --itre"), ("--step 2", "unrecognized arguments: --step"),
