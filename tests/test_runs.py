@@ -199,7 +199,7 @@ def test_the_paper_s_loop_on_two_ranks(labelled, tmp_path):
     loop = [mam, tuning, *2 * [tokenizer, mam, tuning], tokenizer, mam, tuning]
     assert [name for name, _ in stages(run)] == loop
     assert len(re.findall(" on 2 x cpu, codes of ", run.stdout)) == 4
-    assert len(re.findall("(have|has) several labels", run.stdout)) == 4       # by one rank of each fine-tuning
+    assert len(re.findall("(have|has) several labels", run.stdout)) == 4       # one rank of each fine-tuning
     assert content(tmp_path / "plus/mam_iter3.pt")["step"] == 2
     assert content(tmp_path / "plus/tokenizer_iter3.pt")["tokenizer"]["target_width"] == 2      # class logits
     for name in ("mam_iter1", "mam_iter2", "mam_iter3", "mam_iter3plus"):

@@ -387,7 +387,7 @@ def test_distillation_goes_on_with_the_same_teacher_only(toy, random_encoder, tm
         if scale == 1:
             distil(toy, str(path), tmp_path)
             distil(toy, str(path), tmp_path, resume=True, max_steps=2)
-    with pytest.raises(UserError, match="tokenizer_iter2.pt was begun with another teacher than .*teacher.pt"):
+    with pytest.raises(UserError, match="iter2.pt was begun with another teacher than .*teacher.pt"):
         distil(toy, str(path), tmp_path, resume=True, max_steps=3)
 
 def test_disturbed_clips_are_louder_or_softer_and_mixed_with_themselves_backwards():

@@ -440,7 +440,7 @@ def test_resuming_what_does_not_fit_is_refused(script, change, message, begun, u
 
 @pytest.mark.parametrize("script, flags, message", [
     (train_mam, dict(resume=True), "mam_iter1.pt: no such checkpoint"),
-    (train_mam, dict(iter=2), "tokenizer_iter2.pt: .* python train_tokenizer.py --iter 2 --data .* --out_dir"),
+    (train_mam, dict(iter=2), "tokenizer_iter2.pt: .* python train_tokenizer.py --iter 2 --data .* --out"),
     (train_tokenizer, {}, "mam_iter1.pt: .*make it with: python train_mam.py --iter 1 --data .* --out_dir"),
     (train_tokenizer, dict(codes=70_000), "--codes 70000: at most 65536")])
 def test_mistakes_are_explained(script, flags, message, toy, tmp_path):

@@ -1,8 +1,8 @@
 """
 Make the tables and the figure of what runs/evidence.sh left behind.
 
-    python -m tools.evidence out/evidence                # -> tables.md there, and with matplotlib evidence.png
-    python -m tools.evidence out/evidence RESULTS.md     # the tables between the marks in that page as well
+    python -m tools.evidence out/evidence               # -> tables.md there; with matplotlib evidence.png
+    python -m tools.evidence out/evidence RESULTS.md    # the tables between the marks in that page as well
 
 Every score is read from a log that finetune.py or evaluate.py wrote. A table says, in percent, the mean and
 standard deviation over the seeds and how many these are; behind it stand the differences of two rows seed by
@@ -198,8 +198,8 @@ def ensembles(folder):
         rows.append([f"{members}", *cells])
     if lines := markdown(["ESC-50, fine-tuned", "words, fine-tuned"], rows):
         yield from ["### Mean probability of fine-tuned members, half of them of each mixture", ""]
-        yield from ["BEATs Table 3: 50.6 mAP of ten where the best has 48.6 (theirs). Fours share members.", ""]
-        yield from [*lines, ""]
+        yield "BEATs Table 3: 50.6 mAP of ten where the best has 48.6 (theirs). Fours share members."
+        yield from ["", *lines, ""]
 
 
 # -----------------------------------------------------------------------------
