@@ -78,7 +78,7 @@ class EncoderConfig:
             f"{self.buckets} buckets do not fit distances up to {self.max_distance}"
         )
 
-# what one training makes an encoder robust with, and the next does not inherit
+# regularisation that belongs to one training; the next starts without it
 PLAIN = dict(activation_dropout=0.0, input_dropout=0.0, layerdrop=0.0, grad_decay=1.0)
 
 PRESETS = {
@@ -660,8 +660,8 @@ class Classifier(nn.Module):
 
 # -----------------------------------------------------------------------------
 # checkpoints. Ours hold {"kind", "encoder": EncoderConfig as dict, "model", ...}, Microsoft's {"cfg",
-# "model", ...}; others nest their weights, put words before names, or say nothing of their shape. One way
-# in for all: find the weights, take the words off, read the shape, build, translate names, load strictly.
+# "model", ...}; others nest their weights, prefix their names, or say nothing of their shape. One way in
+# for all: find the weights, strip the prefixes, read the shape, build, translate names, load strictly.
 
 KINDS = dict(
     encoder="an encoder",
@@ -823,7 +823,7 @@ def tensor_names(content):
 def split(weights):
     """Return the weights of the encoder, or of a random projection, and of what stands on it.
 
-    Both without what stands before their names. In our first checkpoints stacks of blocks had none.
+    Both without the prefix of their names.
     """
     matches = [KNOWN_BY.fullmatch(name) for name in weights]
     prefixes = {match[1] for match in matches if match}
@@ -832,16 +832,14 @@ def split(weights):
         f"holds several models, named {', '.join(sorted(prefixes))}; save one of them alone"
     )
     (prefix,) = prefixes
-    above = re.sub(r"(?<![^.])encoder\.$", "", prefix)
+    above = re.sub(r"(?<![^.])encoder\.$", "", prefix)  # of a head, which stands beside the encoder
 
     inner, rest = {}, {}
     for name, value in weights.items():
-        part, before, stack = (inner, prefix, "transformer")
-        if not name.startswith(prefix):
-            part, before, stack = (rest, above, "estimator")
-        name = name.removeprefix(before)
-        name = re.sub(r"^(blocks|position_bias)\.", rf"{stack}.\1.", name)
-        part[name] = value
+        if name.startswith(prefix):
+            inner[name.removeprefix(prefix)] = value
+        else:
+            rest[name.removeprefix(above)] = value
     return inner, rest
 
 
@@ -932,7 +930,7 @@ def read_config_file(path):
 def settle(said, official, fbank, weights, notes):
     """Return the EncoderConfig of what is said of it and what weights show, which have to agree."""
     if "max_distance" not in said:
-        # what Microsoft's class takes where a file is silent, and what every released file has
+        # 1280: Microsoft's default where a cfg of theirs is silent; 800: what every released file has
         said["max_distance"] = 1280 if official else 800
         if not official:
             notes.append("max_distance 800, as in every released file, is assumed; cfg= says another")

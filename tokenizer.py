@@ -157,7 +157,7 @@ class RandomProjectionTokenizer(Tokenizer):
 
         if not self.smooth:
             self.bin_mean.fill_(frames.mean())
-            self.bin_std.fill_(2 * frames.std())
+            self.bin_std.fill_(2 * frames.std())  # as Encoder.normalise divides by 2 std
             return self
         self.bin_mean.copy_(frames.mean(0))
         # one mel bin is empty, hence constant
@@ -243,7 +243,7 @@ class Codebook(nn.Module):
 
         z: (n, dim); codes: (n,); use: (n,) True where a vector counts. Nothing here waits for the device.
         """
-        z = F.normalize(z.float(), dim=-1).masked_fill(~use[:, None], 0)  # also where it is NaN
+        z = F.normalize(z.float(), dim=-1).masked_fill(~use[:, None], 0)  # times 0, NaN would stay
         counts = z.new_zeros(len(self.weight)).index_add_(0, codes, use.float())
         sums = torch.zeros_like(self.weight).index_add_(0, codes, z)
         counts, sums = all_sum(counts), all_sum(sums)
@@ -261,7 +261,7 @@ class Codebook(nn.Module):
 
         Little used: less than `threshold` times as often as the average. Returns how many, a tensor.
         """
-        z = F.normalize(z.float(), dim=-1).masked_fill(~use[:, None], 0)  # also where it is NaN
+        z = F.normalize(z.float(), dim=-1).masked_fill(~use[:, None], 0)  # times 0, NaN would stay
         chance = use.float() + 1e-9  # a rank may have heard nothing but silence
         fresh = z[torch.multinomial(chance, len(self.weight), replacement=True)]
         if world() > 1:
@@ -442,10 +442,6 @@ def load_any(path, cfg=None, fbank=None):
             tokenizer = SelfDistilledTokenizer(encoder, **config)
             rest = on_encoder(encoder, rest)
         else:
-            check(
-                said.pop("smooth", True) is True,
-                "a projection of an earlier version that is gone"
-            )
             n_codes, dim = rest["codebook"].shape
             config = agreed(said, dict(n_codes=n_codes, dim=dim))
             # where nothing is said: only a smooth one has unit vectors
