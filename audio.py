@@ -123,7 +123,7 @@ def audio_files(root, suffixes=SUFFIXES):
 
 
 class Reader(soundfile.SoundFile):
-    """A file that is read on and on: after each read soundfile seeks to where it is, and an mp3 jumps."""
+    """A file that is only read on: soundfile seeks after each read of one that can, and an mp3 then jumps."""
 
     def seekable(self):
         return False
@@ -171,15 +171,16 @@ def read_blocks(file, name, start, end, notes):
     nothing = f"{name}: no audio between {start} s and {until} (the file has {frames / rate:.2f} s)"
     check(0 <= first < min(last, frames), nothing)
 
-    # a second before the start, from where an mp3 decodes rightly; what cannot seek is read from its begin
+    # an mp3 decodes rightly from a second after a seek on; what cannot seek is read from its beginning
     at = 0
-    if first > rate and soundfile.SoundFile.seekable(file):
+    if first > rate and soundfile.SoundFile.seekable(file):  # a Reader itself says no
         at = file.seek(first - rate)
-    stop, full = min(last, frames), True
-    while at < stop and full:
-        size = min(first if at < first else stop, at + STRETCH * rate) - at
+    stop, ended = min(last, frames), False
+    while at < stop and not ended:
+        goal = first if at < first else stop  # what comes before the start is read and dropped
+        size = min(goal - at, STRETCH * rate)
         x = file.read(size, dtype="float32", always_2d=True)
-        full = len(x) == size
+        ended = len(x) < size
         if at >= first and len(x):
             check(np.isfinite(x).all(), f"{name}: holds NaN or infinite samples")
             yield mix_down(x, notes)
@@ -188,7 +189,7 @@ def read_blocks(file, name, start, end, notes):
     check(at > first, nothing)
     if end is not None and at < last - 0.01 * rate:
         notes["end beyond the file"] = f"asked {end:.8g} s, there are {at / rate:.8g}"
-    # an mp3's own is an estimate; beyond all sense it is a FLAC's that does not know
+    # an mp3's header estimates its length; a FLAC's that does not know it claims more than 1e15 frames
     if at < 0.99 * stop - 0.1 * rate and frames < 1e15:
         notes["length in doubt"] = f"the header says {frames / rate:.2f} s, there are {at / rate:.2f}"
     file.whole = at >= frames

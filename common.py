@@ -77,10 +77,9 @@ def parse(Config, doc, argv=None, names=""):
             options["type"] = type(field.default)
             options["choices"] = choices_of(field.name, comment)
 
-        names = [f"--{field.name}"]
-        if "_" in field.name:
-            names.append(names[0].replace("_", "-"))
-        parser.add_argument(*names, **options)
+        flag = f"--{field.name}"
+        dashed = [flag.replace("_", "-")] if "_" in flag else []
+        parser.add_argument(flag, *dashed, **options)
     return vars(parser.parse_args(argv))
 
 
@@ -90,11 +89,11 @@ def comments_of(Config):
     return dict(re.findall(r"^    (\w+):[^#\n]*# (.*)$", inspect.getsource(Config), re.M))
 
 
-TABLES = {}  # flag: a dict, whose keys it can be; who adds a line there need not say so here
+TABLES = {}  # flag -> a dict whose keys are its choices: a line more there is a choice more
 
 
 def choices_of(name, comment):
-    """Return what a flag can be, if not anything: as its table or the words before its comment say."""
+    """Return a flag's choices, None = any: the keys of its table, or the words its comment begins with."""
     if name in TABLES:
         return list(TABLES[name])
     words = re.match(r"((?:\w+ \| )+\w+)", comment)
@@ -324,10 +323,10 @@ def seed_step(seed, step):
 def wrap(model, compile=False):
     """Compile in place, then DDP: the keys of state_dict() stay clean. Returns what to call in training."""
     if compile:
-        # one graph, and gradients are added up after it: cut into DDP's buckets of 25 MB, to add them up
-        # meanwhile, a base model would be some 18 graphs, a large one 55, each made anew by every rank
+        # one graph, its gradients summed after it. DDP's default, to sum meanwhile, cuts it at every 25 MB of
+        # gradients: some 18 graphs of a base model, 55 of a large one, each compiled anew by every rank
         torch._dynamo.config.optimize_ddp = False
-        # with and without padding, one clip alone, evaluation: 8 kinds, its default, are soon used up
+        # padded or not, a single clip, evaluation: the default of 8 recompilations is soon used up
         torch._dynamo.config.recompile_limit = 32
         model.compile()
     if world() == 1:
@@ -573,7 +572,7 @@ def save_checkpoint(path, **content):
                 left.unlink()
             write_whole(path, lambda file: torch.save(content, file))
         except (OSError, RuntimeError) as error:
-            # torch says that a position is wrong, and that it is so while it handles a full disk
+            # on a full disk torch complains of a file position; the error it was handling says the cause
             cause = error.__context__ or error
             reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
             raise UserError(f"{path}: cannot be written ({reason}){what_is_there(path)}") from None
@@ -755,7 +754,7 @@ class Stop:
         answer = torch.tensor([self.signal, now - self.began], device=device)
         signals, seconds = all_sum(answer).tolist()  # the same on all ranks, and so is what follows
 
-        # a run that is resumed begins at any step: until the second question one has gone by
+        # the first question comes after one step, whatever the number at which a resumed run begins
         steps = step - self.last if self.last else 1
         per_step = seconds / world() / steps
         self.due = step + min(100, max(1, int(2 / per_step)))
@@ -854,11 +853,11 @@ class Meter:
         self.skipped = 0  # steps
 
     def add(self, sums):
-        """Add what a part of a step says of it."""
+        """Add the sums of one part of a step."""
         add_to(self.step, sums)
 
     def heard(self, batch, finite):
-        """Count a step of this rank: its audio, and what it says if it is finite (a tensor), else nothing."""
+        """Count a step of this rank: its audio, and its sums where `finite`, a 0-d bool tensor, is True."""
         self.seconds += batch["seconds"] * world()
         for name, value in self.step.items():
             self.sums[name] = self.sums.get(name, 0.0) + torch.where(finite, value, 0.0)
@@ -869,17 +868,19 @@ class Meter:
     def check_steps(self, path, batch, names, validate=None):
         """Raise UserError where it is no use to go on, or to save. Waits for the device.
 
-        That is after 20 skipped steps in a row. After fewer it may be the batches, or the weights, which
-        are finite and yet of no use: then the mean losses over held-out clips, validate(), tell.
+        That is after 20 skipped steps in a row. After fewer the batches may be to blame, or weights that are
+        finite and yet of no use: the mean losses over held-out clips, validate(), tell which.
         """
-        row = int(self.skipped_in_a_row)
-        if row < 20 and (not row or validate is None or all(map(math.isfinite, validate().values()))):
+        skipped = int(self.skipped_in_a_row)
+        if not skipped:
             return
-        heard = names(batch["clip"].cpu().numpy())
+        if skipped < 20 and (validate is None or all(map(math.isfinite, validate().values()))):
+            return
+        recordings = names(batch["clip"].cpu().numpy())
         raise UserError(
-            f"the gradient has not been finite for {row} steps, which were left out; a lower --lr may help, "
-            f"or a look at these {len(heard)} recordings, of which the last step was: "
-            f"{', '.join(heard[:20])}{what_is_there(path)}"
+            f"the gradient has not been finite for {skipped} steps, which were left out; a lower --lr may "
+            f"help, or a look at these {len(recordings)} recordings, of which the last step was: "
+            f"{', '.join(recordings[:20])}{what_is_there(path)}"
         )
 
     @contextlib.contextmanager

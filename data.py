@@ -29,7 +29,6 @@ from audio import (
     HOP,
     ROW,
     SAMPLE_RATE,
-    load_audio,  # for those who look for it here
     num_tokens,
     rows_in,
     samples_of,
@@ -43,7 +42,7 @@ from recipes.packs import Pack, hold_out, in_order, may_train, open_packs, write
 RUN = 500  # clips in a file of codes: what a killed job does again
 
 HELD_OUT = 4000  # seconds of a pack that are never trained on, at most
-EVALUATED = 10  # steps: an evaluation hears no more than they do, so that it costs little beside 250
+EVALUATED = 10  # an evaluation hears the audio of so many steps at most: little beside the 250 between two
 
 # -----------------------------------------------------------------------------
 # clips and batches
@@ -131,9 +130,9 @@ def cut(order, fits, multiple=1):
         first = last
 
     if len(batches) > 1 and len(batches[-1]) < len(batches[-2]) / 2:
-        start = -len(batches[-2]) - len(batches[-1])
-        half = -round(start / 2 / multiple) * multiple
-        batches[-2:] = order[start : start + half], order[start + half :]
+        rest = order[-len(batches[-2]) - len(batches[-1]) :]
+        half = round(len(rest) / 2 / multiple) * multiple
+        batches[-2:] = rest[:half], rest[half:]
     return batches
 
 
@@ -153,7 +152,7 @@ def epoch_batches(samples, batch_samples, key, clips=None, multiple=1):
     order = random.permutation(np.arange(len(samples)) if clips is None else clips)
     if not len(order):
         return []
-    order = np.resize(order, max(len(order), multiple))
+    order = np.resize(order, max(len(order), multiple))  # fewer clips than ranks: some come twice
     clips_of_rank = max(1, round(batch_samples / samples[order].mean() / multiple))
     stretch = 20 * clips_of_rank * multiple
 
@@ -167,8 +166,8 @@ def mixed_batches(samples, batch_samples, key, subsets, weights, multiple=1):
     """Return as many seconds as all packs have, weights[p] of them from pack p, in batches.
 
     Each pack is a stream of its clips (subsets[p]), shuffled, again and again. A clip is due at (samples
-    of its stream so far) / weight; all streams are merged by that. So any run of batches holds each
-    pack's share to within a clip or two.
+    of its stream up to its middle) / weight; all streams are merged by that. So any run of batches holds
+    each pack's share to within a clip or two.
     """
     random = np.random.default_rng(key)
     lengths = [samples[subset].sum(dtype=np.int64) for subset in subsets]
@@ -205,14 +204,9 @@ def deal(plan, seed, place=(0, 0)):
         batches, position = plan(epoch), 0
         for this, batch in enumerate(batches):
             if this >= number:
-                items = [
-                    (clip, seed, epoch, position + i)
-                    for i, clip in enumerate(batch.tolist())
-                ]
-                last = this + 1 == len(batches)
-                yield items[rank() :: world()], (
-                    (epoch + 1, 0) if last else (epoch, this + 1)
-                )
+                items = [(clip, seed, epoch, i) for i, clip in enumerate(batch.tolist(), position)]
+                after = (epoch, this + 1) if this + 1 < len(batches) else (epoch + 1, 0)
+                yield items[rank() :: world()], after
             position += len(batch)
         epoch, number = epoch + 1, 0
 
@@ -302,7 +296,7 @@ class Sounds:
         crop, rows = 0, round(crop_seconds * SAMPLE_RATE / ROW)
         if rows:
             crop = samples_of(rows)
-            # so that 2.56 s fit 16 times into 41 s
+            # a crop is 240 samples longer than its rows, and 16 of 2.56 s shall still fit into 41 s
             self.batch_samples *= crop / (rows * ROW)
         self.clips = Clips(self.packs, crop)
 

@@ -59,7 +59,7 @@ class Config:
 def task_of(cfg, pack):
     """Return {fold: (train, valid, test) recordings}, their Labels, and whether some have several: then mAP.
 
-    Where each has one, those without any are no example of the task: they are left out, and counted.
+    If none has several, recordings without a label are no example of the task: left out, and counted.
     """
     splits = splits_of(pack, cfg.test_split, cfg.fold, cfg.valid_share)
     labels, _ = pack.table

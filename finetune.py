@@ -289,13 +289,15 @@ def judge(model, pack, recordings, labels, several, cfg, device):
 
 
 def settle(cfg, flags, pack, valid, stem, several):
-    """Return (cfg, ckpt) of a fold: what --resume continues, and what has to be known of it."""
-    typed, path = cfg, f"{stem}.pt"
+    """Return (cfg, ckpt) of a fold as common.begin does, checked against the pack, --loss auto settled."""
+    asked, path = cfg, f"{stem}.pt"
     flags = flags | dict(resume=cfg.resume and Path(path).exists())
     cfg, _, ckpt = common.begin(Config, flags, Path(stem).name, TASKS[cfg.task])
-    for name in ["data", "test_split", "valid_share"] + ["task"] * ("task" in flags):
-        begun = ckpt and ckpt["config"]
-        common.same(begun, name, getattr(typed, name), f"{path} was begun with another --{name}")
+    # the split in hand is of these flags; the checkpoint, read after it was made, has to be of the same
+    names = ["data", "test_split", "valid_share"] + (["task"] if "task" in flags else [])
+    begun = ckpt["config"] if ckpt else None
+    for name in names:
+        common.same(begun, name, getattr(asked, name), f"{path} was begun with another --{name}")
     common.same(ckpt, "pack", pack.id(), f"{path} was begun on other sounds or labels than {pack.path} holds")
     if cfg.loss == "auto":
         cfg.loss = "bce" if several else "ce"
@@ -400,7 +402,9 @@ def finetune(cfg, flags, pack, split, stem, labels, several):
             log(step=done, **meter.read(), lr=lr, epoch=place[0])
             meter.check_steps(path, batch, pack.names)
         with meter.paused():
-            due = len(valid) > 0 if done == cfg.max_steps else done % cfg.eval_every == 0
+            due = done % cfg.eval_every == 0
+            if done == cfg.max_steps:
+                due = len(valid) > 0  # else the score on test comes anyway, as the result
             if due and not stopped:
                 evaluate()
             if last or done % cfg.save_every == 0:

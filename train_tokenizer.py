@@ -148,10 +148,8 @@ def validate(model, teacher, sounds, cfg, device):
         counts += count_codes(codes.masked_fill(~use, -1), cfg.codes)
     model.train()
     values = common.means(sums) | code_use(all_sum(counts))
-    floor = values.pop("entropy_given_band")
-    return {f"valid_{name}": value for name, value in values.items()} | dict(
-        entropy_given_band=floor
-    )
+    entropy = values.pop("entropy_given_band")  # without valid_, as train_mam.py logs it
+    return {f"valid_{name}": value for name, value in values.items()} | dict(entropy_given_band=entropy)
 
 
 @torch.no_grad()
@@ -249,8 +247,7 @@ def main(**flags):
 
     # model
     encoder, width = find_encoder(cfg, teacher, path, ckpt), teacher.teach_width
-    shape = cfg.codes, cfg.code_dim, cfg.estimator_blocks, width
-    model = SelfDistilledTokenizer(encoder, *shape).to(device)
+    model = SelfDistilledTokenizer(encoder, cfg.codes, cfg.code_dim, cfg.estimator_blocks, width).to(device)
     recompute_blocks(model, cfg.recompute)
     optimizer = common.make_optimizer(model, cfg.lr, cfg.weight_decay)
     first, place = common.restore(cfg, path, ckpt, model, optimizer)
@@ -265,7 +262,7 @@ def main(**flags):
     if cfg.compile:
         getattr(teacher, "encoder", teacher).compile()
 
-    done, stopped, result = first, False, {}
+    done, result = first, {}
 
     def evaluate():
         values = validate(model, teacher, sounds, cfg, device)

@@ -27,6 +27,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import threading
 import weakref
 import zlib
@@ -140,7 +141,7 @@ def write_pack(
         shards=sizes,
         front_end=None
     )
-    # opened as of no front end yet, a pack measures its statistics
+    # written without statistics first: opened as of no known front end, a Pack measures them itself
     write_json(folder / "pack.json", info)
     write_json(folder / "pack.json", Pack(folder).info)
     os.replace(folder, out)
@@ -585,22 +586,19 @@ class Pack:
     def table(self):
         """The Labels of all recordings, and their splits, an array of str."""
         number = {name: i for i, name in enumerate(self.classes)}
-        numbers, counts, splits, same = [], [], [], {}
+        numbers, counts, splits = [], [], []
         file = self.path / "clips.csv"
         try:
             for _, labels, split, _ in self.records("clips.csv", CLIPS):
-                some = [number[name] for name in labels.split(";") if name]
-                numbers += some
-                counts.append(len(some))
-                splits.append(same.setdefault(split, split))  # two million, but few of them differ
+                classes = [number[name] for name in labels.split(";") if name]
+                numbers += classes
+                counts.append(len(classes))
+                splits.append(sys.intern(split))  # two million, but few of them differ
         except KeyError as error:
             whole(False, file, f"{error} is not a class in pack.json")
-        count, last = len(splits), self.index["row"].max()
-        whole(
-            last < count == self.info.get("recordings", count),
-            file,
-            f"lists {count} recordings, which are not those of the pack"
-        )
+        recordings = self.info.get("recordings", len(splits))  # packs used not to say
+        fits = self.index["row"].max() < len(splits) and len(splits) == recordings
+        whole(fits, file, f"lists {len(splits)} recordings, which are not those of the pack")
         return Labels(numbers, counts, len(self.classes)), np.array(splits)
 
 
@@ -611,8 +609,10 @@ class Labels:
     """
 
     def __init__(self, numbers, counts, classes):
-        self.numbers, self.counts = np.array(numbers, np.int32), np.array(counts, np.int32)
-        self.first, self.classes = np.cumsum(self.counts) - self.counts, classes
+        self.numbers = np.array(numbers, np.int32)         # of all labels, recording after recording
+        self.counts = np.array(counts, np.int32)           # labels of each recording
+        self.first = np.cumsum(self.counts) - self.counts  # where those of each recording begin
+        self.classes = classes
 
     def __len__(self):
         return len(self.counts)
@@ -621,8 +621,9 @@ class Labels:
         """Return all labels of recordings: the position in `recordings` and the class of each."""
         counts = self.counts[recordings]
         position = np.repeat(np.arange(len(counts)), counts)
-        behind = np.arange(len(position)) - (np.cumsum(counts) - counts)[position]
-        return position, self.numbers[self.first[recordings][position] + behind]
+        # the place of each label among those of its recording: 0, 1, ...
+        nth = np.arange(len(position)) - (np.cumsum(counts) - counts)[position]
+        return position, self.numbers[self.first[recordings][position] + nth]
 
     def __getitem__(self, recordings):
         table = torch.zeros(len(recordings), self.classes, dtype=torch.bool)
