@@ -44,6 +44,7 @@ def test_a_row_says_mean_and_standard_deviation_over_seeds_and_how_many_these_ar
 
 def test_a_seed_without_all_of_its_folds_does_not_count(tmp_path):
     write_scores(tmp_path, "scratch", "emotions, frozen", [30, 34])
+    write_scores(tmp_path, "iteration 1", "emotions, frozen", [30, 34])
     (tmp_path / "scratch/1/linear_scratch_emotions_fold6.jsonl").unlink()
     assert table(tmp_path, "1. Labels")["scratch"]["emotions, frozen"] == "30.0 (1)"
 

@@ -179,9 +179,8 @@ def tables(folder):
         for pair in pairs:
             cells = [difference(folder, pair, column) for column in COLUMNS]
             differences.append([" less ".join(pair), *cells])
-        if lines := markdown(COLUMNS, means):
-            yield from [f"### {title}", "", claim, "", *lines, ""]
-            yield from [*markdown(COLUMNS, differences), ""]
+        if lines := markdown(COLUMNS, differences):  # there is something to compare
+            yield from [f"### {title}", "", claim, "", *markdown(COLUMNS, means), "", *lines, ""]
 
 
 def ensembles(folder):
