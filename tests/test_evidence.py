@@ -82,6 +82,7 @@ def test_the_tables_replace_what_stands_between_the_marks_of_a_page(tmp_path, ca
     first, last = evidence.MARKS
     (tmp_path / "logs").mkdir()
     write_scores(tmp_path, "scratch", "words, fine-tuned", [40, 41, 45])
+    write_scores(tmp_path, "iteration 1", "words, fine-tuned", [50])
     page = tmp_path / "page.md"
     page.write_text(f"before\n{first}\nold\n{last}\nafter\n")
     for _ in range(2):
