@@ -292,7 +292,7 @@ def settle(cfg, flags, pack, valid, stem, several):
     """Return (cfg, ckpt) of a fold as common.begin does, checked against the pack, --loss auto settled."""
     asked, path = cfg, f"{stem}.pt"
     flags = flags | dict(resume=cfg.resume and Path(path).exists())
-    cfg, _, ckpt = common.begin(Config, flags, Path(stem).name, TASKS[cfg.task])
+    cfg, _, ckpt = common.begin(Config, flags, Path(stem).name, TASKS[cfg.task], ("init", "model"))
     # the split in hand is of these flags; the checkpoint, read after it was made, has to be of the same
     names = ["data", "test_split", "valid_share"] + (["task"] if "task" in flags else [])
     begun = ckpt["config"] if ckpt else None
