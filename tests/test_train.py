@@ -406,7 +406,8 @@ def test_a_run_that_goes_on_with_other_flags_says_which(script, begun, uneven, t
 @pytest.mark.parametrize("script, flags", [
     (train_mam, dict(model="tiny")), (train_mam, dict(init="x.pt")), (train_mam, dict(projection="plain")),
     (train_tokenizer, dict(model="tiny")), (train_tokenizer, dict(dropout=0.2)),
-    (train_tokenizer, dict(from_teacher=False)), (finetune, dict(init="x.pt")), (finetune, dict(model="tiny"))])
+    (train_tokenizer, dict(from_teacher=False)),
+    (finetune, dict(init="x.pt")), (finetune, dict(model="tiny"))])
 def test_a_flag_that_nothing_can_heed_any_more_is_refused(script, flags, begun, uneven):
     with pytest.raises(UserError, match=f"{NAMES[script]}.pt: begun with another --{next(iter(flags))};"):
         script.main(data=uneven, out_dir=str(begun), resume=True, **flags)
